@@ -1,0 +1,348 @@
+"""The optimization loop: a run from its first check to its result."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from tapekit import callbacks as _callbacks
+from tapekit import steps as _steps
+from tapekit import stopping as _stopping
+from tapekit._config import Configurable
+from tapekit._describe import check_integer, check_real, describe
+from tapekit._drivers import Driver, StepBody, make_driver
+from tapekit._objective import Objective, check_variables
+from tapekit._optimizers import Updater
+from tapekit._result import OptimizationResult, StopReason
+from tapekit._run import Run
+
+_REMEMBERED_PROGRAMS = 8
+
+
+class OptimizationLoop(_callbacks.Hooks, Configurable):
+    """A loop of optimization steps with hooks, criteria and a result that says why it stopped.
+
+    It is used as it is, with callbacks, or subclassed: it has the hooks of a callback (`on_step`,
+    `on_gradient`, `on_train_begin`, ...), which run before those of the callbacks.
+
+    Args:
+        optimizer: a `keras.optimizers.Optimizer`, its name or configuration; a `tf_keras` one; or any
+            object with `apply_gradients`.
+        step: the step strategy, its name or configuration: `TapeStep()` or `MinimizeStep()`, which give
+            the same numbers bit for bit, or a `Step` of your own.
+        stopping: a criterion, or a list of which any one stops.
+        callbacks: tapekit's and Keras's callbacks, mixed, by name too, and functions `f(step, logs)`.
+        tolerance: short for `stopping.LossChangeBelow(tolerance)`; in units of the loss.
+        max_iterations: short for `stopping.MaxIterations(max_iterations)`.
+        measures: what to record at every step inside the graph: a dict of functions of no arguments, or
+            of the list of gradients, that return a tensor of any fixed shape. They see the variables
+            after the update.
+        run_eagerly: run every op from Python, for debugging.
+        jit_compile: `True` for XLA, `False` for graphs, `"auto"` for XLA where it compiles the step
+            without a change of meaning.
+        steps_per_execution: the largest number of steps between two looks of the host; `"auto"` lets the
+            host look at least about ten times a second.
+
+    Raises:
+        TypeError: an argument is of the wrong kind.
+        ValueError: an argument has a wrong value, or the step does not provide what is asked of it.
+
+    Example:
+        >>> import keras, tapekit as tk, tensorflow as tf
+        >>> x = tf.Variable(0.0)
+        >>> loop = tk.OptimizationLoop(keras.optimizers.SGD(0.25), tolerance=1e-6, max_iterations=100)
+        >>> result = loop.minimize(lambda: (x - 4.0) ** 2, [x])
+        >>> result.converged, result.steps, round(result.variables[0].item(), 3)
+        (True, 14, 4.0)
+        >>> result.message
+        'LossChangeBelow: the loss changed by 7.15e-07 at step 14, at most the tolerance 1e-06 (atol=1e-06, rtol=0)'
+    """
+
+    result: OptimizationResult | None
+    """The result of the last run; `None` before the first and during a run."""
+
+    def __init__(
+        self,
+        optimizer: Any,
+        step: Any = "tape",
+        stopping: Any = None,
+        callbacks: Any = None,
+        tolerance: float | None = None,
+        max_iterations: int | None = None,
+        measures: Mapping[str, Callable[..., Any]] | None = None,
+        run_eagerly: bool = False,
+        jit_compile: bool | str = "auto",
+        steps_per_execution: int | str = "auto",
+    ) -> None:
+        self._updater = Updater(optimizer)
+        self.optimizer = self._updater.optimizer
+        self.step = _steps.get(step)
+        self.stopping = None if stopping is None else _stopping.get(stopping)
+        self.callbacks = _callback_list(callbacks)
+        self.tolerance = None if tolerance is None else check_real(tolerance, "tolerance", 0)
+        self.max_iterations = None if max_iterations is None else check_integer(max_iterations, "max_iterations", 1)
+        self.measures = _check_measures(measures)
+        self.run_eagerly = bool(run_eagerly)
+        if jit_compile not in (True, False, "auto"):
+            raise ValueError(f'`jit_compile` must be True, False or "auto", received {describe(jit_compile)}.')
+        self.jit_compile = jit_compile
+        if steps_per_execution != "auto":
+            check_integer(steps_per_execution, "steps_per_execution", 1)
+        self.steps_per_execution = steps_per_execution
+        self.result = None
+        self._criterion = self._all_criteria()
+        self._check_step_provides(self._criterion, self.callbacks)
+        self._programs: dict[Any, Driver] = {}
+        self._lock = threading.Lock()
+        self._stop_message: str | None = None
+
+    def minimize(
+        self,
+        loss: Callable[[], Any],
+        variables: Any = None,
+        callbacks: Any = None,
+        steps_per_epoch: int = 1,
+        *,
+        allow_unused: bool = False,
+    ) -> OptimizationResult:
+        """Minimizes a function over variables.
+
+        Args:
+            loss: a function of no arguments that returns a scalar tensor of any float dtype, or
+                `(scalar, {"name": scalar})`, whose extra values go to the logs and the history.
+            variables: `tf.Variable` and `keras.Variable` of any float dtypes, mixed, in lists or dicts;
+                `None` means those that the loss reads.
+            callbacks: callbacks for this run, called after those of the loop.
+            steps_per_epoch: how many steps Keras callbacks see as an epoch.
+            allow_unused: let variables pass on which the loss does not depend; they stay as they are.
+
+        Returns:
+            The `OptimizationResult`, which is `self.result` too.
+
+        Raises:
+            TypeError: `loss`, a variable or a callback is of the wrong kind.
+            ValueError: the loss is not a scalar or does not depend on a variable, or nothing would end the run.
+            RuntimeError: the loop runs already, or is called inside a `tf.function`.
+
+        Example:
+            >>> import keras, tapekit as tk, tensorflow as tf
+            >>> x, y = tf.Variable(1.0), keras.Variable([1.0, 2.0])
+            >>> loop = tk.OptimizationLoop("adam", max_iterations=10)
+            >>> loop.minimize(lambda: x**2 + tf.reduce_sum(y**2), {"x": x, "y": y}).variables["y"].shape
+            (2,)
+        """
+        run = self._prepare(loss, variables, callbacks, steps_per_epoch, allow_unused, live=False)
+        for _ in self._run(run):
+            pass
+        assert self.result is not None
+        return self.result
+
+    def steps(
+        self,
+        loss: Callable[[], Any],
+        variables: Any = None,
+        callbacks: Any = None,
+        steps_per_epoch: int = 1,
+        *,
+        allow_unused: bool = False,
+    ) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Gives the steps of the same run one by one, with the control in the caller's hands.
+
+        `break` ends the run cleanly. Afterwards `loop.result` holds the rest.
+
+        Args:
+            loss: see `minimize`.
+            variables: see `minimize`.
+            callbacks: see `minimize`.
+            steps_per_epoch: see `minimize`.
+            allow_unused: see `minimize`.
+
+        Yields:
+            The step, from 1, and its logs. The variables are those of that step.
+
+        Raises:
+            TypeError: see `minimize`.
+            ValueError: see `minimize`.
+            RuntimeError: see `minimize`.
+
+        Example:
+            >>> import tapekit as tk, tensorflow as tf
+            >>> x = tf.Variable(0.0)
+            >>> loop = tk.OptimizationLoop("sgd")
+            >>> for step, logs in loop.steps(lambda: (x - 4.0) ** 2, [x]):
+            ...     if logs["loss"] < 15.0:
+            ...         break
+            >>> loop.result.steps, loop.result.message
+            (3, 'stopped at step 3: the caller left the loop')
+        """
+        return self._run(self._prepare(loss, variables, callbacks, steps_per_epoch, allow_unused, live=True))
+
+    def stop(self, reason: str = "a hook asked for it") -> None:
+        """Ends the run, from any hook; one that is live stops it at that very step.
+
+        Args:
+            reason: what the result's message says.
+
+        Raises:
+            RuntimeError: the loop is not running.
+
+        Example:
+            >>> import tapekit as tk, tensorflow as tf
+            >>> x, loop = tf.Variable(0.0), tk.OptimizationLoop("sgd", max_iterations=100)
+            >>> stop_at_5 = tk.callbacks.FunctionCallback(lambda step, logs: loop.stop("enough"), every=5)
+            >>> loop.minimize(lambda: (x - 4.0) ** 2, [x], callbacks=[stop_at_5]).message
+            'stopped at step 5: enough'
+        """
+        if not self._lock.locked():
+            raise RuntimeError("stop must be called from a hook of a running loop; this loop is not running.")
+        self._stop_message = str(reason)
+
+    def _run(self, run: Run) -> Iterator[tuple[int, dict[str, Any]]]:
+        """The loop. Whichever way it is left, `result` is set and everyone hears of the end."""
+        with self._claimed(), self._concluded(run):
+            run.begin(self)
+            while run.explanation is None:
+                limit = run.steps_to_next_edge()
+                run.dispatch.before(run.step + 1)
+                chunk = run.advance(limit)
+                run.dispatch.after(run.step - chunk.taken + 1, chunk.taken, chunk.columns)
+                if chunk.stop:
+                    run.explain()
+                elif self._stop_message is not None or run.model_stopped:
+                    run.stopped(self._stop_message or "a callback set model.stop_training")
+                if run.live:
+                    yield run.step, run.logs
+            run.evaluate()
+
+    @contextlib.contextmanager
+    def _claimed(self) -> Iterator[None]:
+        if not self._lock.acquire(blocking=False):
+            raise RuntimeError("this loop is running already; make another OptimizationLoop for a run inside a run.")
+        try:
+            self._stop_message = None
+            self.result = None
+            yield
+        finally:
+            self._lock.release()
+
+    @contextlib.contextmanager
+    def _concluded(self, run: Run) -> Iterator[None]:
+        try:
+            yield
+        except GeneratorExit:
+            run.stopped("the caller left the loop")
+            run.evaluate()
+            raise
+        except KeyboardInterrupt:
+            run.explanation = StopReason.INTERRUPTED, f"interrupted after step {run.step}"
+            run.evaluate()
+            raise
+        except BaseException as error:
+            run.explanation = StopReason.ERROR, f"{type(error).__name__} after step {run.step}: {error}"
+            raise
+        finally:
+            self.result = run.result()
+            run.end()
+
+    def _prepare(self, loss, variables, callbacks, steps_per_epoch, allow_unused, live) -> Run:
+        if not tf.executing_eagerly():
+            raise RuntimeError("a loop must be run from Python, outside of any tf.function, which it compiles itself.")
+        if self._lock.locked():
+            raise RuntimeError("this loop is running already; make another OptimizationLoop for a run inside a run.")
+        objective = Objective(loss)
+        given = None if variables is None else check_variables(variables)
+        extra = _callback_list(callbacks)
+        self._check_step_provides(self._criterion, extra)
+        dispatch = _callbacks.Dispatch(
+            [self, *self.callbacks, *extra], check_integer(steps_per_epoch, "steps_per_epoch", 1)
+        )
+        if not (live or self._criterion.criteria[1:] or dispatch.can_stop):
+            raise ValueError(
+                "`max_iterations`, `tolerance`, `stopping` or a callback must end the run, received none of them."
+            )
+        driver = self._program(objective, given, dispatch, allow_unused)
+        driver.prepare(1 if live else dispatch.steps_to_edge(0, at_most=1 << 62))
+        if given is None:
+            given = variables = list(driver.body.variables)
+        structure = [variables] if isinstance(variables, (tf.Variable, keras.Variable)) else variables
+        return Run(driver, dispatch, [*self.callbacks, *extra], structure, steps_per_epoch, live)
+
+    def _program(self, objective: Objective, variables: list[Any] | None, dispatch: Any, allow_unused: bool) -> Driver:
+        """Returns the driver for an objective, the same one for the same question."""
+        names = None if variables is None else tuple(id(variable) for variable in variables)
+        functions = (objective.function, *self.measures.values(), *dispatch.gradient_hooks)
+        key = (names, allow_unused, *(_identity(function) for function in functions))
+        if key not in self._programs:
+            body = StepBody(
+                objective,
+                self._updater,
+                variables or [],
+                self.step,
+                self._criterion,
+                self.measures,
+                dispatch.gradient_hooks,
+                allow_unused,
+            )
+            longest = 1 << 62 if self.steps_per_execution == "auto" else int(self.steps_per_execution)
+            driver = make_driver(body, self.run_eagerly, self.jit_compile, longest)
+            while len(self._programs) >= _REMEMBERED_PROGRAMS:
+                self._programs.pop(next(iter(self._programs)))
+            self._programs[key] = driver
+        return self._programs[key]
+
+    @property
+    def traces(self) -> int:
+        """How often a step has been traced, over all runs that are remembered."""
+        return sum(driver.traces for driver in self._programs.values())
+
+    def _all_criteria(self) -> _stopping.AnyOf:
+        criteria: list[_stopping.Criterion] = [_stopping.NonFinite()]
+        if self.stopping is not None:
+            criteria += self.stopping.criteria if isinstance(self.stopping, _stopping.AnyOf) else [self.stopping]
+        if self.tolerance is not None:
+            criteria.append(_stopping.LossChangeBelow(self.tolerance))
+        if self.max_iterations is not None:
+            criteria.append(_stopping.MaxIterations(self.max_iterations))
+        return _stopping.AnyOf(criteria)
+
+    def _check_step_provides(self, criterion: _stopping.Criterion, callbacks: list[Any]) -> None:
+        if "gradients" in self.step.provides:
+            return
+        wanting = [type(p).__name__ for p in criterion.parts() if {"gradient_norm", "gradient_norm_inf"} & p.needs]
+        wanting += [type(o).__name__ for o in (self, *callbacks) if _callbacks.overridden(o, "on_gradient")]
+        wanting += [f"measure {name!r}" for name, call in self.measures.items() if inspect.signature(call).parameters]
+        if wanting:
+            raise ValueError(
+                f"`step` must provide gradients for {', '.join(wanting)}, received {type(self.step).__name__},"
+                " which does not."
+            )
+
+
+def _identity(function: Callable[..., Any]) -> tuple[int, int]:
+    return id(getattr(function, "__self__", None)), id(getattr(function, "__func__", function))
+
+
+def _callback_list(callbacks: Any) -> list[Any]:
+    if callbacks is None:
+        return []
+    return [_callbacks.get(item) for item in (callbacks if isinstance(callbacks, (list, tuple)) else [callbacks])]
+
+
+def _check_measures(measures: Any) -> dict[str, Callable[..., Any]]:
+    right = "`measures` must be a dict of functions of no arguments, or of the gradients"
+    if measures is None:
+        return {}
+    if not isinstance(measures, Mapping):
+        raise TypeError(f"{right}, received {describe(measures)}.")
+    for name, function in measures.items():
+        if not isinstance(name, str) or not callable(function):
+            raise TypeError(f"{right}, received {describe(function)} under {name!r}.")
+        if len(inspect.signature(function).parameters) > 1:
+            raise TypeError(f"{right}, received under {name!r} one of {inspect.signature(function)}.")
+    return dict(measures)

@@ -1,0 +1,120 @@
+"""The objective, a function of no arguments, and the variables that it is minimized over."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from tapekit._describe import describe, shape_and_dtype, variable_name
+
+_RESERVED = {"loss", "step", "evaluations", "seconds"}
+
+
+class Objective:
+    """A user's function with its result checked: `objective()` returns `(loss, extras)`."""
+
+    def __init__(self, function: Callable[[], Any]) -> None:
+        if not callable(function):
+            raise TypeError(f"`loss` must be a function of no arguments, received {describe(function)}.")
+        self.function = function
+        self._call = function
+
+    def __call__(self) -> tuple[tf.Tensor, dict[str, tf.Tensor]]:
+        """Evaluates the function, through AutoGraph if it branches on tensors inside a graph."""
+        try:
+            value = self._call()
+        except tf.errors.OperatorNotAllowedInGraphError:
+            if self._call is not self.function:
+                raise
+            self._call = tf.function(self.function)
+            value = self._call()
+        extras: Any = {}
+        if isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], dict):
+            value, extras = value
+        return _check_loss(value), {name: _check_extra(name, extra) for name, extra in extras.items()}
+
+
+def _check_loss(value: Any) -> tf.Tensor:
+    right = "`loss` must return a scalar floating-point tensor, or one with a dict of named scalars"
+    if isinstance(value, keras.Variable):
+        value = value.value
+    if not isinstance(value, (tf.Tensor, tf.Variable)):
+        hint = ", which no variable reaches" if isinstance(value, (int, float)) else ""
+        raise TypeError(f"{right}, received {describe(value)}{hint}.")
+    if not value.dtype.is_floating:
+        raise TypeError(f"{right}, received {describe(value)}.")
+    if value.shape.rank != 0:
+        raise ValueError(f"{right}, received a tensor of {shape_and_dtype(value)}; reduce it, say with tf.reduce_sum.")
+    return tf.convert_to_tensor(value)
+
+
+def _check_extra(name: Any, value: Any) -> tf.Tensor:
+    if not isinstance(name, str) or name in _RESERVED:
+        raise ValueError(
+            f"`loss` must name the values beside the loss by strings other than {', '.join(sorted(_RESERVED))},"
+            f" received the name {name!r}."
+        )
+    tensor = tf.convert_to_tensor(value)
+    if tensor.shape.rank != 0:
+        raise ValueError(f"`loss` must return scalars beside the loss, received {name!r} of {shape_and_dtype(tensor)}.")
+    return tensor
+
+
+def tf_variable(variable: Any) -> Any:
+    """Returns the `tf.Variable` that a `keras.Variable` holds, or the argument itself."""
+    return variable.value if isinstance(variable, keras.Variable) else variable
+
+
+def keras_variable(variable: Any) -> keras.Variable:
+    """Returns a `keras.Variable` that shares the storage of a `tf.Variable`, or the argument itself."""
+    if isinstance(variable, keras.Variable):
+        return variable
+    name = variable_name(variable).replace("/", "_")
+    view = keras.Variable(variable, dtype=variable.dtype.name, trainable=variable.trainable, name=name)
+    view.constraint = variable.constraint
+    return view
+
+
+def check_variables(structure: Any) -> list[Any]:
+    """Returns the variables of a nested structure in order, or raises if one of them cannot be minimized over."""
+    variables = [structure] if isinstance(structure, (tf.Variable, keras.Variable)) else tf.nest.flatten(structure)
+    if not variables:
+        raise ValueError(f"`variables` must hold at least one variable, received {describe(structure)}.")
+    for position, variable in enumerate(variables):
+        right = f"`variables` must hold trainable floating-point variables; item {position} is"
+        if not isinstance(variable, (tf.Variable, keras.Variable)):
+            raise TypeError(f"{right} {describe(variable)}.")
+        if not tf.as_dtype(variable.dtype).is_floating:
+            raise TypeError(f"{right} {describe(variable)}.")
+        if not variable.trainable:
+            raise ValueError(f"{right} not trainable: {describe(variable)}.")
+    seen: set[int] = set()
+    for variable in variables:
+        if id(tf_variable(variable)) in seen:
+            raise ValueError(f"`variables` must name each variable once; {describe(variable)} appears twice.")
+        seen.add(id(tf_variable(variable)))
+    return variables
+
+
+def read_variables(objective: Objective) -> list[Any]:
+    """Evaluates the objective and returns the trainable variables that it reads, in order of first use."""
+    with tf.GradientTape() as tape:
+        objective()
+    variables = [variable for variable in tape.watched_variables() if variable.dtype.is_floating]
+    if not variables:
+        raise ValueError("`variables` is None and `loss` reads no trainable floating-point variable; name them.")
+    return variables
+
+
+def used_variables(variables: Sequence[Any], gradients: Sequence[Any], allow_unused: bool) -> list[Any]:
+    """Returns the variables that have a gradient, or raises for the others unless they are allowed."""
+    unused = [variable_name(v) for v, gradient in zip(variables, gradients, strict=True) if gradient is None]
+    if unused and (not allow_unused or len(unused) == len(variables)):
+        raise ValueError(
+            f"`variables` must be those that `loss` depends on; its gradient does not reach {', '.join(unused)}"
+            + ("." if len(unused) == len(variables) else ", which allow_unused=True lets pass.")
+        )
+    return [variable for variable, gradient in zip(variables, gradients, strict=True) if gradient is not None]

@@ -1,0 +1,128 @@
+"""What a run returns: why it stopped, and everything that is known at that point."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from typing import Any
+
+import numpy as np
+
+
+class StopReason(enum.Enum):
+    """Why a run ended; the value is the text that a person reads.
+
+    Example:
+        >>> import tapekit as tk
+        >>> tk.StopReason.LIMIT.value
+        'a limit was reached'
+    """
+
+    CONVERGED = "a convergence criterion was met"
+    LIMIT = "a limit was reached"
+    NOT_FINITE = "the loss or a gradient was not finite"
+    STOPPED = "a hook or the caller stopped the run"
+    INTERRUPTED = "the run was interrupted"
+    ERROR = "an exception ended the run"
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class OptimizationResult:
+    """The outcome of a run, whichever way it ended.
+
+    Attributes:
+        loss: the loss at `variables`, evaluated once more after the last step; after an exception, the
+            last recorded one.
+        variables: the final values, NumPy arrays in the structure in which the variables were given.
+        steps: the number of updates.
+        evaluations: how often the loss was evaluated, the final evaluation included. The one that finds
+            the variables before an eager run with `variables=None` is not counted.
+        seconds: wall-clock time of the run, compilation included.
+        converged: whether a convergence criterion ended the run.
+        reason: a `StopReason`.
+        message: one sentence that says which criterion stopped the run, its value and its threshold.
+        history: one array a recorded quantity, of shape `(steps, ...)`. `"loss"` holds the loss before
+            each update, as everywhere in TensorFlow.
+
+    SciPy's names work too: `x`, `fun`, `nit`, `nfev`, `success` and `status`.
+
+    Example:
+        >>> import tapekit as tk, tensorflow as tf
+        >>> x = tf.Variable(0.0)
+        >>> result = tk.OptimizationLoop("sgd", max_iterations=2).minimize(lambda: (x - 4.0) ** 2, [x])
+        >>> result.steps, result.reason
+        (2, <StopReason.LIMIT: 'a limit was reached'>)
+    """
+
+    loss: float
+    variables: Any
+    steps: int
+    evaluations: int
+    seconds: float
+    reason: StopReason
+    message: str
+    history: dict[str, np.ndarray]
+
+    @property
+    def converged(self) -> bool:
+        """Whether a convergence criterion ended the run."""
+        return self.reason is StopReason.CONVERGED
+
+    @property
+    def x(self) -> np.ndarray:
+        """All variables, flattened and joined into one array of shape `(n,)`."""
+        leaves = [np.ravel(leaf) for leaf in _leaves(self.variables)]
+        return np.concatenate(leaves) if leaves else np.empty(0)
+
+    @property
+    def fun(self) -> float:
+        """SciPy's name of `loss`."""
+        return self.loss
+
+    @property
+    def nit(self) -> int:
+        """SciPy's name of `steps`."""
+        return self.steps
+
+    @property
+    def nfev(self) -> int:
+        """SciPy's name of `evaluations`."""
+        return self.evaluations
+
+    @property
+    def success(self) -> bool:
+        """SciPy's name of `converged`."""
+        return self.converged
+
+    @property
+    def status(self) -> int:
+        """An integer for `reason`: 0 if the run converged, else the position in `StopReason`."""
+        return list(StopReason).index(self.reason)
+
+    def __repr__(self) -> str:
+        return (
+            f"OptimizationResult(loss={self.loss:.6g}, steps={self.steps}, reason={self.reason.name},"
+            f" message={self.message!r})"
+        )
+
+    def __str__(self) -> str:
+        with np.printoptions(precision=6, threshold=8, edgeitems=3):
+            variables = "\n             ".join(str(self.variables).splitlines())
+        return "\n".join(
+            [
+                self.message,
+                f"  reason     {self.reason.name.lower()}: {self.reason.value}",
+                f"  loss       {self.loss:.6g}",
+                f"  variables  {variables}",
+                f"  steps      {self.steps}, with {self.evaluations} evaluations in {self.seconds:.3g} s",
+                f"  history    {', '.join(self.history)}",
+            ]
+        )
+
+
+def _leaves(structure: Any) -> list[np.ndarray]:
+    if isinstance(structure, dict):
+        return [leaf for key in sorted(structure) for leaf in _leaves(structure[key])]
+    if isinstance(structure, (list, tuple)):
+        return [leaf for item in structure for leaf in _leaves(item)]
+    return [structure]

@@ -1,0 +1,258 @@
+"""Step strategies: objects that make one update of the variables."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import tensorflow as tf
+
+from tapekit._config import Configurable, Registry
+from tapekit._describe import describe, shape_and_dtype
+from tapekit._objective import Objective, tf_variable, used_variables
+from tapekit._optimizers import Updater
+
+__all__ = ["MinimizeStep", "Problem", "Step", "TapeStep", "get"]
+
+
+class Problem:
+    """What a step strategy works on during one step: the objective, the variables and the optimizer.
+
+    A strategy receives one in `Step.take`; it is not made by hand.
+
+    Attributes:
+        variables: the variables of this step, `tf.Variable` or `keras.Variable`.
+        gradients: the gradients that this step used, as they were before any `on_gradient` hook;
+            `None` until `transform`, `apply` or `minimize` has been called.
+
+    Example:
+        >>> import tapekit as tk
+        >>> class Plain(tk.Step):
+        ...     def take(self, problem):
+        ...         logs, gradients = problem.loss_and_gradients()
+        ...         problem.apply(gradients)
+        ...         return logs
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        updater: Updater,
+        variables: list[Any],
+        hooks: Sequence[Callable[..., Any]] = (),
+        allow_unused: bool = False,
+    ) -> None:
+        self.variables = variables
+        self.gradients: list[Any] | None = None
+        self.evaluations = 0
+        self._objective = objective
+        self._updater = updater
+        self._hooks = hooks
+        self._allow_unused = allow_unused
+
+    def evaluate(self) -> dict[str, tf.Tensor]:
+        """Evaluates the objective.
+
+        Returns:
+            The logs: `"loss"`, a scalar tensor, and what the objective returns beside it.
+        """
+        loss, extras = self._objective()
+        self.evaluations += 1
+        return {"loss": loss, **extras}
+
+    def loss_and_gradients(self) -> tuple[dict[str, tf.Tensor], list[Any]]:
+        """Evaluates the objective and its gradient, unscaled under mixed precision.
+
+        Returns:
+            The logs as in `evaluate`, and one gradient for each of `variables`.
+
+        Raises:
+            ValueError: the loss does not depend on one of the variables.
+        """
+        with tf.GradientTape(watch_accessed_variables=False) as tape:
+            tape.watch([tf_variable(variable) for variable in self.variables])
+            logs = self.evaluate()
+            loss = self._updater.scaled(logs["loss"])
+        gradients = tape.gradient(loss, [tf_variable(variable) for variable in self.variables])
+        self.variables = used_variables(self.variables, gradients, self._allow_unused)
+        return logs, self._updater.true([gradient for gradient in gradients if gradient is not None])
+
+    def transform(self, gradients: Sequence[Any]) -> list[Any]:
+        """Passes the gradients through the `on_gradient` hooks, for a strategy that updates by itself.
+
+        Args:
+            gradients: one gradient of the unscaled loss for each of `variables`.
+
+        Returns:
+            The gradients to apply.
+
+        Raises:
+            TypeError: a hook returned something else than a list of gradients.
+            ValueError: a hook returned gradients of another number, shape or dtype.
+        """
+        self.gradients = list(gradients)
+        gradients = list(gradients)
+        for hook in self._hooks:
+            replaced = hook(list(gradients), list(self.variables))
+            if replaced is not None:
+                gradients = _check_replaced(replaced, self.variables)
+        return gradients
+
+    def apply(self, gradients: Sequence[Any]) -> None:
+        """Passes the gradients through the `on_gradient` hooks and gives them to the optimizer.
+
+        Args:
+            gradients: one gradient of the unscaled loss for each of `variables`.
+        """
+        native = self._updater.native(self.variables)
+        self._updater.build(native)
+        self._updater.apply(self.transform(gradients), native)
+
+    def minimize(self) -> dict[str, tf.Tensor]:
+        """Makes the step by the optimizer's `minimize`, or by what Keras 2 had under that name.
+
+        Returns:
+            The logs as in `evaluate`.
+        """
+        logs: dict[str, tf.Tensor] = {}
+
+        def loss() -> tf.Tensor:
+            logs.update(self.evaluate())
+            return logs["loss"]
+
+        def transform(gradients: list[Any]) -> list[Any]:
+            self.variables = used_variables(self.variables, gradients, self._allow_unused)
+            self._updater.build(self._updater.native(self.variables))
+            return self.transform([gradient for gradient in gradients if gradient is not None])
+
+        self._updater.minimize(loss, self.variables, transform)
+        return logs
+
+
+def _check_replaced(replaced: Any, variables: Sequence[Any]) -> list[Any]:
+    right = f"`on_gradient` must return None or a list of {len(variables)} gradients"
+    if not isinstance(replaced, (list, tuple)):
+        raise TypeError(f"{right}, received {describe(replaced)}.")
+    if len(replaced) != len(variables):
+        raise ValueError(f"{right}, received {len(replaced)}.")
+    checked = []
+    for position, (gradient, variable) in enumerate(zip(replaced, variables, strict=True)):
+        if not isinstance(gradient, tf.IndexedSlices):
+            gradient = tf.convert_to_tensor(gradient, dtype_hint=variable.dtype)
+        if gradient.dtype != variable.dtype or not gradient.shape.is_compatible_with(variable.shape):
+            raise ValueError(
+                f"{right} of the shapes and dtypes of the variables; gradient {position} must be of"
+                f" {shape_and_dtype(variable)}, received {shape_and_dtype(gradient)}."
+            )
+        checked.append(gradient)
+    return checked
+
+
+class Step(Configurable):
+    """The base of every step strategy; subclass it to write your own.
+
+    Attributes:
+        provides: what the strategy makes known of a step. `"gradients"` says that it calls
+            `Problem.transform`, `apply` or `minimize`; without it, hooks, criteria and measures that
+            need gradients are refused before the run.
+
+    Example:
+        Sharpness-aware minimization, which evaluates the gradient a second time at a perturbed point
+        (Foret et al., "Sharpness-Aware Minimization for Efficiently Improving Generalization", 2021):
+
+        >>> import tapekit as tk, tensorflow as tf
+        >>> class SAMStep(tk.Step):
+        ...     def __init__(self, rho=0.05):
+        ...         self.rho = rho
+        ...     def take(self, problem):
+        ...         logs, gradients = problem.loss_and_gradients()
+        ...         scale = self.rho / (tf.linalg.global_norm(gradients) + 1e-12)
+        ...         for variable, gradient in zip(problem.variables, gradients):
+        ...             variable.assign_add(scale * gradient)
+        ...         _, perturbed = problem.loss_and_gradients()
+        ...         for variable, gradient in zip(problem.variables, gradients):
+        ...             variable.assign_sub(scale * gradient)
+        ...         problem.apply(perturbed)
+        ...         return logs
+        >>> x = tf.Variable(0.0)
+        >>> loop = tk.OptimizationLoop("sgd", step=SAMStep(), max_iterations=100)
+        >>> loop.minimize(lambda: (x - 4.0) ** 2, [x]).evaluations
+        201
+    """
+
+    provides: frozenset[str] = frozenset({"gradients"})
+
+    def build(self, variables: list[Any]) -> None:
+        """Called once before a run, outside of any graph: make or reset the strategy's own `tf.Variable`s here.
+
+        Args:
+            variables: the variables that are minimized over.
+        """
+
+    def take(self, problem: Problem) -> dict[str, Any]:
+        """Makes one step, in TensorFlow ops that run eagerly, in a graph or under XLA.
+
+        Args:
+            problem: the objective, the variables and the optimizer.
+
+        Returns:
+            The logs of the step: `"loss"`, before the update, and other named scalars. A strategy whose
+            number of evaluations depends on the data gives it as `"evaluations"`, an integer tensor.
+        """
+        raise NotImplementedError
+
+
+class TapeStep(Step):
+    """Takes the gradient with an explicit `tf.GradientTape` and gives it to `apply_gradients`.
+
+    Example:
+        >>> import tapekit as tk
+        >>> loop = tk.OptimizationLoop("adam", step=tk.TapeStep(), max_iterations=100)
+    """
+
+    def take(self, problem: Problem) -> dict[str, Any]:
+        """Makes one step."""
+        logs, gradients = problem.loss_and_gradients()
+        problem.apply(gradients)
+        return logs
+
+
+class MinimizeStep(Step):
+    """Leaves the gradient to the optimizer's `minimize`; Keras 3 optimizers get back the one they lost.
+
+    The numbers are those of `TapeStep`, bit for bit.
+
+    Example:
+        >>> import tapekit as tk
+        >>> loop = tk.OptimizationLoop("adam", step=tk.MinimizeStep(), max_iterations=100)
+    """
+
+    def take(self, problem: Problem) -> dict[str, Any]:
+        """Makes one step."""
+        return problem.minimize()
+
+
+_registry = Registry("step", Step, "tapekit.steps", suffix="_step")
+_registry.add(TapeStep, MinimizeStep)
+
+
+def get(identifier: Any) -> Step:
+    """Returns the step strategy that a name, a configuration or an object stands for.
+
+    Args:
+        identifier: a `Step`; a name such as `"tape"` or `"minimize"`; or a configuration
+            `{"class_name": "TapeStep", "config": {}}`.
+
+    Returns:
+        The step strategy.
+
+    Raises:
+        ValueError: the name is not known; the sentence lists the known ones and the closest.
+        TypeError: it is none of these, or the step needs other arguments.
+
+    Example:
+        >>> import tapekit as tk
+        >>> type(tk.steps.get("tape")).__name__
+        'TapeStep'
+    """
+    return _registry.get(identifier)
