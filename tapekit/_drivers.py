@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
+from keras import tree
 
 from tapekit._describe import shape_and_dtype
 from tapekit._objective import Objective, read_variables, tf_variable, used_variables
@@ -33,20 +34,39 @@ class State(NamedTuple):
 
     step: Any
     evaluations: Any
-    criterion: Any
+    criteria: Any
 
 
 class Advance(NamedTuple):
-    """What a chunk of steps gives: the state, how many steps were taken, whether to stop, the records."""
+    """What a chunk of steps gives."""
 
-    state: State
+    state: Any
+    """Where to go on from, in the driver's own form."""
     taken: int
-    stop: bool
+    """How many steps were taken."""
+    fired: int
+    """Which criteria want to stop, a bit each."""
+    evaluations: int
+    """How often the loss has been evaluated since the run began."""
     columns: dict[str, np.ndarray]
+    """The records, with at least `taken` rows."""
+    loss: float | None
+    """The loss after the last step, if it is known already."""
 
 
 class StepBody:
-    """The one step that every driver runs: strategy, records, criterion."""
+    """The one step that every driver runs: strategy, records, criteria.
+
+    Args:
+        objective: what is minimized.
+        updater: the optimizer.
+        variables: what it is minimized over.
+        step: the strategy.
+        criteria: of which any one stops.
+        measures: what is recorded beside the logs.
+        hooks: the `on_gradient` hooks in order.
+        allow_unused: whether the loss may leave variables out.
+    """
 
     def __init__(
         self,
@@ -54,7 +74,7 @@ class StepBody:
         updater: Updater,
         variables: list[Any],
         step: Step,
-        criterion: Criterion,
+        criteria: Sequence[Criterion],
         measures: Mapping[str, Callable[..., Any]],
         hooks: Sequence[Callable[..., Any]],
         allow_unused: bool,
@@ -63,37 +83,44 @@ class StepBody:
         self.updater = updater
         self.variables = variables
         self.step = step
-        self.criterion = criterion
+        self.criteria = criteria
+        self.needs = frozenset().union(*(criterion.needs for criterion in criteria))
         self.allow_unused = allow_unused
         self._measures = {name: (call, bool(inspect.signature(call).parameters)) for name, call in measures.items()}
         self._hooks = hooks
-
-    def initial(self) -> State:
-        """Returns the state before the first step, as NumPy scalars."""
-        return State(np.int64(0), np.int64(0), tf.nest.map_structure(np.asarray, self.criterion.init()))
+        start = State(0, 0, [criterion.init() for criterion in criteria])
+        self.initial: State = tree.map_structure(np.asarray, start)
+        """The state before the first step, of NumPy arrays."""
 
     def __call__(self, state: State, seconds: Any) -> tuple[State, dict[str, Any], Any]:
-        """Makes one step and returns the next state, the row to record and whether to stop."""
-        needs = self.criterion.needs
+        """Makes one step and returns the next state, the row to record and the criteria that fired."""
         problem = Problem(self.objective, self.updater, self.variables, self._hooks, self.allow_unused)
-        before = [tf.identity(tf_variable(v)) for v in self.variables] if "variables_change" in needs else []
+        before = [tf.identity(tf_variable(v)) for v in self.variables] if "variables_change" in self.needs else []
         row = dict(self.step.take(problem))
         step = state.step + 1
         evaluations = state.evaluations + tf.cast(row.pop("evaluations", problem.evaluations), tf.int64)
 
         known = {"step": step, "evaluations": evaluations, "seconds": seconds}
-        known |= self._gradient_logs(problem.gradients, needs)
+        known |= self._gradient_logs(problem.gradients)
         if before:
             known |= _movement(before, self.variables)
         row |= {name: known[name] for name in _RECORDED if name in known}
         row |= self._measured(row, problem.gradients)
         logs = {name: _criterion_scalar(value) for name, value in row.items() if value.shape.rank == 0}
-        criterion, stop = self.criterion.update(state.criterion, {**logs, **known})
-        criterion = tf.nest.map_structure(lambda old, new: tf.cast(new, old.dtype), state.criterion, criterion)
-        return State(step, evaluations, criterion), row, tf.convert_to_tensor(stop)
+        criteria, fired = self._judge(state.criteria, {**logs, **known})
+        return State(step, evaluations, criteria), row, fired
 
-    def _gradient_logs(self, gradients: list[Any] | None, needs: frozenset[str]) -> dict[str, Any]:
-        logs = {}
+    def _judge(self, states: Sequence[Any], logs: Mapping[str, Any]) -> tuple[list[Any], Any]:
+        """Updates every criterion; bit i of the second result says that criterion i wants to stop."""
+        updated, fired = [], tf.constant(0)
+        for position, (criterion, state) in enumerate(zip(self.criteria, states, strict=True)):
+            new, stop = criterion.update(state, logs)
+            updated.append(tree.map_structure(lambda old, value: tf.cast(value, old.dtype), state, new))
+            fired += tf.where(stop, 1 << position, 0)
+        return updated, fired
+
+    def _gradient_logs(self, gradients: list[Any] | None) -> dict[str, Any]:
+        needs, logs = self.needs, {}
         if "gradients_finite" in needs:
             check = gradients if gradients and not self.updater.scales else []
             logs["gradients_finite"] = _all_finite(check)
@@ -185,11 +212,19 @@ class Driver:
         """Returns how many steps the next chunk should have if nobody needs the host before."""
         return min(self._pace.limit(), self._longest)
 
-    def advance(self, state: State, limit: int, seconds: float) -> Advance:
-        """Takes up to `limit` steps, and stops exactly where the criterion says.
+    def begin(self) -> Any:
+        """Returns the state before the first step, in the driver's own form."""
+        raise NotImplementedError
+
+    def read(self, state: Any) -> State:
+        """Returns a state as Python numbers and NumPy arrays."""
+        raise NotImplementedError
+
+    def advance(self, state: Any, limit: int, seconds: float) -> Advance:
+        """Takes up to `limit` steps, and stops exactly where a criterion says.
 
         Args:
-            state: the result of the advance before, or the initial state of the body.
+            state: the result of `begin` or of the advance before.
             limit: the largest number of steps, at least 1.
             seconds: the time since the run began.
         """
@@ -203,22 +238,40 @@ class Driver:
 class EagerDriver(Driver):
     """Runs every op from Python, so that a debugger or a print inside the objective works."""
 
+    def begin(self) -> State:
+        """Returns the initial state as tensors."""
+        return tree.map_structure(tf.convert_to_tensor, self.body.initial)
+
+    def read(self, state: State) -> State:
+        """Returns the state as Python numbers and NumPy arrays."""
+        return tree.map_structure(lambda leaf: _number(leaf.numpy()), state)
+
     def advance(self, state: State, limit: int, seconds: float) -> Advance:
         """Takes the steps one by one."""
         started = time.perf_counter()
         clock = tf.constant(seconds, tf.float64)
-        state = tf.nest.map_structure(tf.convert_to_tensor, state)
         rows: list[dict[str, np.ndarray]] = []
-        stop = False
-        while len(rows) < limit and not stop:
-            state, row, stop = self.body(state, clock)
+        fired = 0
+        while len(rows) < limit and not fired:
+            state, row, code = self.body(state, clock)
             rows.append({name: value.numpy() for name, value in row.items()})
+            fired = int(code)
         self._pace.observe(len(rows), time.perf_counter() - started)
-        return Advance(state, len(rows), bool(stop), {name: np.stack([row[name] for row in rows]) for name in rows[0]})
+        columns = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+        return Advance(state, len(rows), fired, int(state.evaluations), columns, None)
 
     def evaluate(self) -> float:
         """Evaluates the objective."""
         return float(self.body.objective()[0])
+
+
+class _Packed(NamedTuple):
+    """What goes into a compiled chunk and comes out of it, beside the records."""
+
+    taken: Any
+    fired: Any
+    loss: Any
+    state: State
 
 
 class CompiledDriver(Driver):
@@ -234,8 +287,8 @@ class CompiledDriver(Driver):
         jit_compile: True, False or "auto": XLA where it compiles without a change of meaning.
     """
 
-    SHORT, GRAPH, XLA = 256, 1 << 12, 1 << 17
-    """Rows that a chunk has room for: when the host is needed often, in a graph, under XLA."""
+    LEAST, MOST, MOST_IN_GRAPH = 1 << 8, 1 << 17, 1 << 12
+    """The rows that a chunk has room for; a multiple of the least, since each number is compiled apart."""
     BYTES = 1 << 24
     """The memory that the records of a chunk may take."""
 
@@ -244,6 +297,7 @@ class CompiledDriver(Driver):
         self._loss = loss
         self._strict = jit_compile is True
         self._jit = bool(jit_compile)
+        self._packing = _Packing(_Packed(np.int32(0), np.int32(0), np.float64(np.nan), body.initial))
         self._step: Any = None
         self._chunks: dict[tuple[bool, int], Any] = {}
 
@@ -251,8 +305,8 @@ class CompiledDriver(Driver):
         """Traces the step if it is not yet."""
         self._period = min(period, self._longest)
         if self._step is None:
-            specs = [tf.TensorSpec(leaf.shape, leaf.dtype) for leaf in tf.nest.flatten(self.body.initial())]
             clock = tf.TensorSpec([], tf.float64)
+            specs = [tf.TensorSpec(leaf.shape, leaf.dtype) for leaf in tree.flatten(self.body.initial)]
             self._step = tf.function(self._trace, autograph=False).get_concrete_function(clock, *specs)
             changed = sorted(_op_types(self._step) & _CHANGED_BY_XLA)
             if self._jit and not self._strict and changed:
@@ -260,43 +314,55 @@ class CompiledDriver(Driver):
 
     def _trace(self, seconds: Any, *leaves: Any) -> Any:
         self.traces += 1
-        state, row, stop = self.body(tf.nest.pack_sequence_as(self.body.initial(), leaves), seconds)
-        return tf.nest.flatten(state), row, stop
+        state, row, fired = self.body(tree.pack_sequence_as(self.body.initial, leaves), seconds)
+        return tree.flatten(state), row, fired
 
     def _fall_back(self, why: str) -> None:
         self._jit = False
         logger.warning("jit_compile='auto' runs this objective as a graph, without XLA: %s.", why)
 
     def _capacity(self) -> int:
-        long = self.XLA if self._jit else self.GRAPH
-        rows = self.SHORT if self._period <= self.SHORT else long
+        """The number of rows that a chunk has room for: as many as it can have steps, within bounds."""
+        rows = min(self._period, self.MOST if self._jit else self.MOST_IN_GRAPH)
+        rows += -rows % self.LEAST
         specs = self._step.structured_outputs[1].values()
         row_bytes = sum(spec.dtype.size * spec.shape.num_elements() for spec in specs)
         return max(1, min(rows, self.BYTES // max(1, row_bytes)))
 
     def _chunk(self, jit: bool, capacity: int) -> Any:
         """Returns the compiled loop of steps with room for `capacity` rows."""
-        step = self._step
+        step, packing = self._step, self._packing
         rows = step.structured_outputs[1]
 
-        def run(limit, seconds, *leaves):
-            def proceed(taken, stop, leaves, records):
-                return (taken < limit) & ~stop
+        def run(limit, seconds, integers, floats):
+            def proceed(taken, fired, leaves, records):
+                return (taken < limit) & (fired == 0)
 
-            def advance(taken, stop, leaves, records):
-                leaves, row, stop = step(seconds, *leaves)
-                return taken + 1, stop, leaves, {name: records[name].write(taken, row[name]) for name in row}
+            def advance(taken, fired, leaves, records):
+                leaves, row, fired = step(seconds, *leaves)
+                return taken + 1, fired, leaves, {name: records[name].write(taken, row[name]) for name in row}
 
             records = {name: tf.TensorArray(row.dtype, capacity, element_shape=row.shape) for name, row in rows.items()}
-            start = (tf.constant(0), tf.constant(False), list(leaves), records)
-            taken, stop, leaves, records = tf.while_loop(proceed, advance, start, parallel_iterations=1)
-            return taken, stop, leaves, {name: record.stack() for name, record in records.items()}
+            leaves = tree.flatten(packing.unpack(integers, floats, _tensor).state)
+            start = (tf.constant(0), tf.constant(0), leaves, records)
+            taken, fired, leaves, records = tf.while_loop(proceed, advance, start, parallel_iterations=1)
+            loss = tf.cond(fired == 0, lambda: tf.constant(np.nan, tf.float64), lambda: self._loss())
+            integers, floats = packing.pack([taken, fired, loss, *leaves])
+            return integers, floats, {name: record.stack() for name, record in records.items()}
 
-        specs = [tf.TensorSpec(leaf.shape, leaf.dtype) for leaf in tf.nest.flatten(self.body.initial())]
-        clock, limit = tf.TensorSpec([], tf.float64), tf.TensorSpec([], tf.int32)
+        limit, clock = tf.TensorSpec([], tf.int32), tf.TensorSpec([], tf.float64)
+        specs = [tf.TensorSpec(part.shape, part.dtype) for part in self.begin()]
         return tf.function(run, autograph=False, jit_compile=jit).get_concrete_function(limit, clock, *specs)
 
-    def advance(self, state: State, limit: int, seconds: float) -> Advance:
+    def begin(self) -> tuple[tf.Tensor, tf.Tensor]:
+        """Returns the initial state, packed."""
+        return self._packing.initial
+
+    def read(self, state: tuple[tf.Tensor, tf.Tensor]) -> State:
+        """Returns the state as Python numbers and NumPy arrays."""
+        return self._packing.unpack(_array(state[0]), _array(state[1]), _plain).state
+
+    def advance(self, state: tuple[tf.Tensor, tf.Tensor], limit: int, seconds: float) -> Advance:
         """Takes the steps in one call."""
         key = self._jit, self._capacity()
         limit = min(limit, key[1])
@@ -304,10 +370,9 @@ class CompiledDriver(Driver):
         fresh = key not in self._chunks
         if fresh:
             self._chunks[key] = self._chunk(*key)
-        clock = _constant(seconds if "seconds" in self.body.criterion.needs else 0.0, tf.float64)
-        leaves = [tf.convert_to_tensor(leaf) for leaf in tf.nest.flatten(state)]
+        clock = _constant(seconds if "seconds" in self.body.needs else 0.0, tf.float64)
         try:
-            taken, stop, leaves, records = self._chunks[key](_constant(limit, tf.int32), clock, *leaves)
+            integers, floats, records = self._chunks[key](_constant(limit, tf.int32), clock, *state)
         except tf.errors.OpError as error:
             if not (fresh and self._jit):
                 raise
@@ -319,15 +384,63 @@ class CompiledDriver(Driver):
                 ) from error
             self._fall_back(first_line)
             return self.advance(state, limit, seconds)
-        taken = int(taken)
+        taken, fired, _, evaluations = _array(integers)[:4].tolist()
         if not fresh:
             self._pace.observe(taken, time.perf_counter() - started)
-        state = tf.nest.pack_sequence_as(state, leaves)
-        return Advance(state, taken, bool(stop), {name: _array(record) for name, record in records.items()})
+        columns = {name: _array(record) for name, record in records.items()}
+        loss = _array(floats)[0].item() if fired else None
+        return Advance((integers, floats), taken, fired, evaluations, columns, loss)
 
     def evaluate(self) -> float:
         """Runs the traced objective."""
         return float(self._loss())
+
+
+class _Packing:
+    """Packs scalars and arrays into two vectors, since each input and output of a compiled call costs microseconds."""
+
+    def __init__(self, structure: _Packed) -> None:
+        self._structure = structure
+        self._slots: list[_Slot] = []
+        filled = {True: 0, False: 0}
+        for leaf in tree.flatten(structure):
+            is_float = leaf.dtype.kind == "f"
+            end = filled[is_float] + leaf.size
+            self._slots.append(_Slot(is_float, slice(filled[is_float], end), leaf.shape, leaf.dtype))
+            filled[is_float] = end
+        self.initial = self.pack(tree.flatten(structure))
+
+    def pack(self, leaves: Sequence[Any]) -> tuple[tf.Tensor, tf.Tensor]:
+        """Returns the integers and bools of a flat structure in one vector, and its floats in another."""
+        parts: dict[bool, list[Any]] = {True: [], False: []}
+        for slot, leaf in zip(self._slots, leaves, strict=True):
+            dtype = tf.float64 if slot.is_float else tf.int64
+            parts[slot.is_float].append(tf.reshape(tf.cast(leaf, dtype), [-1]))
+        return tf.concat(parts[False], 0), tf.concat(parts[True], 0)
+
+    def unpack(self, integers: Any, floats: Any, restore: Callable[[Any, _Slot], Any]) -> _Packed:
+        """Returns the structure; `restore` gives each part its shape and dtype again."""
+        leaves = [restore((floats if slot.is_float else integers)[slot.place], slot) for slot in self._slots]
+        return tree.pack_sequence_as(self._structure, leaves)
+
+
+class _Slot(NamedTuple):
+    is_float: bool
+    place: slice
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+
+def _tensor(part: Any, slot: _Slot) -> Any:
+    return tf.cast(tf.reshape(part, slot.shape), slot.dtype)
+
+
+def _plain(part: Any, slot: _Slot) -> Any:
+    return _number(part.reshape(slot.shape).astype(slot.dtype))
+
+
+def _number(array: Any) -> Any:
+    return array.item() if np.ndim(array) == 0 else array
 
 
 @functools.lru_cache(maxsize=64)
@@ -369,7 +482,7 @@ def make_driver(body: StepBody, eager: bool, jit_compile: bool | str, longest: i
             tape.watch(targets)
             value, _ = body.objective()
         body.variables = used_variables(body.variables, tape.gradient(value, targets), body.allow_unused)
-        return value
+        return tf.cast(value, tf.float64)
 
     traced = tf.function(loss, autograph=False).get_concrete_function()
     body.updater.check(body.variables)

@@ -23,6 +23,7 @@ from tapekit._result import OptimizationResult, StopReason
 from tapekit._run import Run
 
 _REMEMBERED_PROGRAMS = 8
+_MOST_CRITERIA = 31  # a bit each of a 32-bit integer
 
 
 class OptimizationLoop(_callbacks.Hooks, Configurable):
@@ -96,8 +97,8 @@ class OptimizationLoop(_callbacks.Hooks, Configurable):
             check_integer(steps_per_execution, "steps_per_execution", 1)
         self.steps_per_execution = steps_per_execution
         self.result = None
-        self._criterion = self._all_criteria()
-        self._check_step_provides(self._criterion, self.callbacks)
+        self._criteria = self._all_criteria()
+        self._check_step_provides(self.callbacks)
         self._programs: dict[Any, Driver] = {}
         self._lock = threading.Lock()
         self._stop_message: str | None = None
@@ -212,13 +213,12 @@ class OptimizationLoop(_callbacks.Hooks, Configurable):
                 run.dispatch.before(run.step + 1)
                 chunk = run.advance(limit)
                 run.dispatch.after(run.step - chunk.taken + 1, chunk.taken, chunk.columns)
-                if chunk.stop:
-                    run.explain()
+                if chunk.fired:
+                    run.explain(chunk.fired)
                 elif self._stop_message is not None or run.model_stopped:
                     run.stopped(self._stop_message or "a callback set model.stop_training")
                 if run.live:
                     yield run.step, run.logs
-            run.evaluate()
 
     @contextlib.contextmanager
     def _claimed(self) -> Iterator[None]:
@@ -235,20 +235,20 @@ class OptimizationLoop(_callbacks.Hooks, Configurable):
     def _concluded(self, run: Run) -> Iterator[None]:
         try:
             yield
+            run.end()
         except GeneratorExit:
             run.stopped("the caller left the loop")
-            run.evaluate()
+            run.end()
             raise
         except KeyboardInterrupt:
             run.explanation = StopReason.INTERRUPTED, f"interrupted after step {run.step}"
-            run.evaluate()
+            run.end()
             raise
         except BaseException as error:
-            run.explanation = StopReason.ERROR, f"{type(error).__name__} after step {run.step}: {error}"
+            run.fail(error)
             raise
         finally:
             self.result = run.result()
-            run.end()
 
     def _prepare(self, loss, variables, callbacks, steps_per_epoch, allow_unused, live) -> Run:
         if not tf.executing_eagerly():
@@ -258,16 +258,17 @@ class OptimizationLoop(_callbacks.Hooks, Configurable):
         objective = Objective(loss)
         given = None if variables is None else check_variables(variables)
         extra = _callback_list(callbacks)
-        self._check_step_provides(self._criterion, extra)
+        self._check_step_provides(extra)
         dispatch = _callbacks.Dispatch(
             [self, *self.callbacks, *extra], check_integer(steps_per_epoch, "steps_per_epoch", 1)
         )
-        if not (live or self._criterion.criteria[1:] or dispatch.can_stop):
+        if not (live or self._criteria[1:] or dispatch.can_stop):
             raise ValueError(
                 "`max_iterations`, `tolerance`, `stopping` or a callback must end the run, received none of them."
             )
         driver = self._program(objective, given, dispatch, allow_unused)
-        driver.prepare(1 if live else dispatch.steps_to_edge(0, at_most=1 << 62))
+        limits = [part.n for part in self._criteria if isinstance(part, _stopping.MaxIterations)]
+        driver.prepare(1 if live else dispatch.steps_to_edge(0, at_most=min(limits, default=1 << 62)))
         if given is None:
             given = variables = list(driver.body.variables)
         structure = [variables] if isinstance(variables, (tf.Variable, keras.Variable)) else variables
@@ -284,7 +285,7 @@ class OptimizationLoop(_callbacks.Hooks, Configurable):
                 self._updater,
                 variables or [],
                 self.step,
-                self._criterion,
+                self._criteria,
                 self.measures,
                 dispatch.gradient_hooks,
                 allow_unused,
@@ -301,7 +302,7 @@ class OptimizationLoop(_callbacks.Hooks, Configurable):
         """How often a step has been traced, over all runs that are remembered."""
         return sum(driver.traces for driver in self._programs.values())
 
-    def _all_criteria(self) -> _stopping.AnyOf:
+    def _all_criteria(self) -> list[_stopping.Criterion]:
         criteria: list[_stopping.Criterion] = [_stopping.NonFinite()]
         if self.stopping is not None:
             criteria += self.stopping.criteria if isinstance(self.stopping, _stopping.AnyOf) else [self.stopping]
@@ -309,12 +310,15 @@ class OptimizationLoop(_callbacks.Hooks, Configurable):
             criteria.append(_stopping.LossChangeBelow(self.tolerance))
         if self.max_iterations is not None:
             criteria.append(_stopping.MaxIterations(self.max_iterations))
-        return _stopping.AnyOf(criteria)
+        if len(criteria) > _MOST_CRITERIA:
+            raise ValueError(f"`stopping` must hold at most {_MOST_CRITERIA - 3} criteria, received {len(criteria)}.")
+        return criteria
 
-    def _check_step_provides(self, criterion: _stopping.Criterion, callbacks: list[Any]) -> None:
+    def _check_step_provides(self, callbacks: list[Any]) -> None:
         if "gradients" in self.step.provides:
             return
-        wanting = [type(p).__name__ for p in criterion.parts() if {"gradient_norm", "gradient_norm_inf"} & p.needs]
+        parts = [part for criterion in self._criteria for part in criterion.parts()]
+        wanting = [type(part).__name__ for part in parts if {"gradient_norm", "gradient_norm_inf"} & part.needs]
         wanting += [type(o).__name__ for o in (self, *callbacks) if _callbacks.overridden(o, "on_gradient")]
         wanting += [f"measure {name!r}" for name, call in self.measures.items() if inspect.signature(call).parameters]
         if wanting:

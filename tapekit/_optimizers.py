@@ -195,9 +195,7 @@ def map_values(function: Callable[[Any], Any], gradient: Any) -> Any:
 def _get_optimizer(optimizer: Any) -> Any:
     right = "`optimizer` must be a Keras optimizer, its name or configuration, or an object with apply_gradients"
     if inspect.isclass(optimizer):
-        raise TypeError(
-            f"{right}, received {describe(optimizer)}: write {optimizer.__name__}(...) to make an instance."
-        )
+        raise TypeError(f"{right}, received {describe(optimizer)}: write {optimizer.__name__}(...) for an instance.")
     if isinstance(optimizer, (str, dict)):
         try:
             return keras.optimizers.get(optimizer)

@@ -6,13 +6,14 @@ import time
 from typing import Any
 
 import numpy as np
-import tensorflow as tf
+from keras import tree
 
-from tapekit._drivers import Advance, Driver, State
+from tapekit._drivers import Advance, Driver
 from tapekit._objective import keras_variable, tf_variable
 from tapekit._records import Records, row
 from tapekit._result import OptimizationResult, StopReason
 from tapekit.callbacks import Callback, Dispatch, VariablesModel, scalars
+from tapekit.stopping import either
 
 
 class Run:
@@ -45,16 +46,17 @@ class Run:
         self._structure = structure
         self._steps_per_epoch = steps_per_epoch
         self._records = Records()
-        self._state: State = driver.body.initial()
+        self._state = driver.begin()
         self._last: Advance | None = None
         self._loss: float | None = None
+        self._closed = False
         self._model: Any = None
         self._started = time.perf_counter()
 
     def begin(self, loop: Any) -> None:
         """Tells the callbacks of the loop and of a model that owns the variables, and calls `on_train_begin`."""
         if self._callbacks:
-            variables = [keras_variable(variable) for variable in tf.nest.flatten(self._structure)]
+            variables = [keras_variable(variable) for variable in tree.flatten(self._structure)]
             self._model = VariablesModel(variables, loop.optimizer)
         for callback in self._callbacks:
             if isinstance(callback, Callback):
@@ -86,19 +88,17 @@ class Run:
         """Whether a Keras callback has set `model.stop_training`."""
         return self._model is not None and self._model.stop_training
 
-    def explain(self) -> None:
-        """Asks the criterion which of its parts has ended the run."""
-        state = tf.nest.map_structure(_number, self._state.criterion)
-        logs = {**self.logs, "step": self.step, "evaluations": int(self._state.evaluations)}
-        self.explanation = self._driver.body.criterion.explain(state, logs)
+    def explain(self, fired: int) -> None:
+        """Asks the criteria that have ended the run, a bit each, for the reason."""
+        assert self._last is not None
+        state = self._driver.read(self._last.state)
+        logs = {**self.logs, "step": self.step, "evaluations": state.evaluations}
+        pairs = enumerate(zip(self._driver.body.criteria, state.criteria, strict=True))
+        self.explanation = either([criterion.explain(s, logs) for bit, (criterion, s) in pairs if fired >> bit & 1])
 
     def stopped(self, why: str) -> None:
         """Notes that a hook or the caller has ended the run, unless it has ended already."""
         self.explanation = self.explanation or (StopReason.STOPPED, f"stopped at step {self.step}: {why}")
-
-    def evaluate(self) -> None:
-        """Evaluates the loss at the variables that the run returns."""
-        self._loss = self._driver.evaluate()
 
     def result(self) -> OptimizationResult:
         """Returns everything that is known now."""
@@ -107,9 +107,9 @@ class Run:
         loss = self.logs.get("loss", float("nan")) if self._loss is None else self._loss
         return OptimizationResult(
             loss=loss,
-            variables=tf.nest.map_structure(lambda v: np.asarray(tf_variable(v).numpy()), self._structure),
+            variables=tree.map_structure(lambda v: np.asarray(tf_variable(v).numpy()), self._structure),
             steps=self.step,
-            evaluations=int(self._state.evaluations) + (self._loss is not None),
+            evaluations=(0 if self._last is None else self._last.evaluations) + (self._loss is not None),
             seconds=time.perf_counter() - self._started,
             reason=reason,
             message=message,
@@ -117,13 +117,19 @@ class Run:
         )
 
     def end(self) -> None:
-        """Ends an epoch that was cut short and calls `on_train_end`."""
+        """Ends an epoch that was cut short, calls `on_train_end`, and evaluates the loss of the result."""
         logs = self.logs
-        if self.explanation and self.explanation[0] is not StopReason.ERROR:
-            self.dispatch.finish_epoch(self.step, logs)
+        self.dispatch.finish_epoch(self.step, logs)
+        self._close(logs)
+        known = None if self._last is None or self.dispatch.any_hook else self._last.loss
+        self._loss = self._driver.evaluate() if known is None else known
+
+    def fail(self, error: BaseException) -> None:
+        """Notes the exception that has ended the run, and lets everyone close what is open."""
+        self.explanation = StopReason.ERROR, f"{type(error).__name__} after step {self.step}: {error}"
+        if not self._closed:
+            self._close(self.logs)
+
+    def _close(self, logs: dict[str, Any]) -> None:
+        self._closed = True
         self.dispatch.train("on_train_end", scalars(logs))
-
-
-def _number(value: Any) -> Any:
-    array = np.asarray(value)
-    return array.item() if array.ndim == 0 else array

@@ -272,6 +272,7 @@ class Dispatch:
         self._edges = {item.every for item in registered if not item.replayable}
         self._replayed = any(item.replayable for item in registered)
         self.can_stop = bool(registered)
+        self.any_hook = self.can_stop or any(overridden(owner, "on_train_end") for owner in owners)
         self.gradient_hooks = [call for owner in owners if (call := overridden(owner, "on_gradient"))]
 
     def _registrations(self, hook: str):

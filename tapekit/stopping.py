@@ -495,8 +495,7 @@ class AnyOf(_Combination):
         return state, _reduce(tf.logical_or, state)
 
     def explain(self, state, logs):
-        explanations = self._explanations(state, logs)
-        return explanations[0][0], "; ".join(message for _, message in explanations)
+        return either(self._explanations(state, logs))
 
 
 class AllOf(_Combination):
@@ -618,6 +617,12 @@ class After(Criterion):
 
     def explain(self, state, logs):
         return self.criterion.explain(state, logs)
+
+
+def either(explanations: Sequence[tuple[StopReason, str]]) -> tuple[StopReason, str]:
+    """Joins the explanations of the criteria of which any one stops; the reason is that of the first."""
+    reasons = [reason for reason, _ in explanations]
+    return reasons[0], "; ".join(message for _, message in explanations)
 
 
 def _set(criterion: Criterion, /, **values: Any) -> None:
