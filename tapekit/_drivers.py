@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import logging
@@ -82,7 +83,7 @@ class StepBody:
         self.objective = objective
         self.updater = updater
         self.variables = variables
-        self.step = step
+        self.step = copy.copy(step)  # with state of its own, apart from other objectives of the same loop
         self.criteria = criteria
         self.needs = frozenset().union(*(criterion.needs for criterion in criteria))
         self.allow_unused = allow_unused
@@ -472,6 +473,7 @@ def make_driver(body: StepBody, eager: bool, jit_compile: bool | str, longest: i
         if not body.variables:
             body.variables = read_variables(body.objective)
         body.updater.check(body.variables)
+        body.step.build(body.variables)
         return EagerDriver(body, longest)
 
     def loss() -> tf.Tensor:
@@ -487,4 +489,5 @@ def make_driver(body: StepBody, eager: bool, jit_compile: bool | str, longest: i
     traced = tf.function(loss, autograph=False).get_concrete_function()
     body.updater.check(body.variables)
     body.updater.build(body.updater.native(body.variables))
+    body.step.build(body.variables)
     return CompiledDriver(body, longest, traced, jit_compile)

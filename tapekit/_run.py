@@ -63,6 +63,7 @@ class Run:
                 callback.loop = loop
             callback.set_params({"epochs": None, "steps": self._steps_per_epoch, "verbose": 0})
             callback.set_model(self._model)
+        self._driver.body.step.reset()
         self.dispatch.train("on_train_begin")
 
     def steps_to_next_edge(self) -> int:

@@ -1,0 +1,40 @@
+"""The layers of the package: imports point downwards only."""
+
+from __future__ import annotations
+
+import ast
+import pathlib
+
+import tapekit
+
+PACKAGE = pathlib.Path(tapekit.__file__).parent
+LAYERS = [
+    {"_describe", "_config", "_records", "_result", "_version"},
+    {"stopping", "callbacks"},
+    {"_objective", "_optimizers", "steps"},
+    {"_drivers"},
+    {"_run", "_loop"},
+    {"__init__"},
+]
+LAYER = {module: number for number, modules in enumerate(LAYERS) for module in modules}
+
+
+def _imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            if node.module.startswith("tapekit."):
+                yield node.module.split(".")[1]
+            elif node.module == "tapekit":
+                yield from (alias.name for alias in node.names)
+
+
+def test_every_module_has_a_layer_and_imports_nothing_from_above():
+    modules = {path.stem: path for path in PACKAGE.glob("*.py")}
+    assert set(modules) == set(LAYER)
+    upward = [
+        (name, target)
+        for name, path in modules.items()
+        for target in _imports(path)
+        if LAYER[target] > LAYER[name] or (LAYER[target] == LAYER[name] and LAYER[name] in (1, 3))
+    ]
+    assert upward == []

@@ -1,0 +1,89 @@
+"""The result of a run: its fields, SciPy's names, and what a person reads."""
+
+from __future__ import annotations
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from problems import DRIVERS
+
+import tapekit as tk
+
+
+def _minimize(**settings):
+    x = tf.Variable([0.0, 1.0], dtype=tf.float64, name="x")
+    loop = tk.OptimizationLoop(keras.optimizers.SGD(0.25), **settings)
+    return loop, loop.minimize(lambda: tf.reduce_sum((x - 4.0) ** 2), [x]), x
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_the_loss_is_evaluated_once_more_at_the_variables_that_are_returned(driver):
+    _, result, x = _minimize(max_iterations=3, **DRIVERS[driver])
+    np.testing.assert_array_equal(result.variables[0], x.numpy())
+    assert result.loss == pytest.approx(np.sum((result.variables[0] - 4.0) ** 2), rel=1e-12)
+    assert result.loss < result.history["loss"][-1]
+    assert result.evaluations == 4
+
+
+def test_scipys_names_say_the_same():
+    _, result, _ = _minimize(tolerance=1e-12, max_iterations=1000)
+    assert (result.fun, result.nit, result.nfev) == (result.loss, result.steps, result.evaluations)
+    assert result.success is result.converged is True
+    assert result.status == 0
+    np.testing.assert_array_equal(result.x, result.variables[0])
+    _, limited, _ = _minimize(max_iterations=2)
+    assert (limited.success, limited.status, limited.reason) == (False, 1, tk.StopReason.LIMIT)
+
+
+def test_x_joins_all_variables_in_order_and_variables_keep_their_structure():
+    a, b = tf.Variable(1.0), keras.Variable([[2.0, 3.0]])
+    loop = tk.OptimizationLoop("sgd", max_iterations=1)
+    result = loop.minimize(lambda: a**2 + tf.reduce_sum(b.value**2), {"pair": [b], "a": a})
+    assert set(result.variables) == {"a", "pair"}
+    np.testing.assert_array_equal(result.variables["pair"][0], b.numpy())
+    np.testing.assert_array_equal(result.x, [a.numpy(), *b.numpy().ravel()])
+    assert isinstance(result.variables["a"], np.ndarray)
+
+
+def test_a_person_can_read_it():
+    _, result, _ = _minimize(tolerance=1e-12, max_iterations=1000)
+    lines = str(result).splitlines()
+    assert lines[0] == result.message
+    assert lines[0].startswith("LossChangeBelow: the loss changed by ")
+    assert "converged: a convergence criterion was met" in lines[1]
+    assert f"{result.steps}, with {result.steps + 1} evaluations" in str(result)
+    assert repr(result).startswith("OptimizationResult(loss=") and "\n" not in repr(result)
+
+
+def test_a_run_that_nothing_would_end_is_refused():
+    x = tf.Variable(0.0)
+    with pytest.raises(ValueError, match="must end the run, received none of them"):
+        tk.OptimizationLoop("sgd").minimize(lambda: (x - 4.0) ** 2, [x])
+    assert float(x) == 0.0
+
+
+def test_an_interrupt_leaves_a_result_and_goes_on_to_the_caller():
+    x = tf.Variable(0.0)
+
+    def interrupt(step, logs):
+        if step == 5:
+            raise KeyboardInterrupt
+
+    loop = tk.OptimizationLoop("sgd", max_iterations=100)
+    with pytest.raises(KeyboardInterrupt):
+        loop.minimize(lambda: (x - 4.0) ** 2, [x], callbacks=[interrupt])
+    assert loop.result is not None
+    assert loop.result.reason is tk.StopReason.INTERRUPTED
+    assert (loop.result.steps, loop.result.message) == (5, "interrupted after step 5")
+
+
+def test_a_second_run_goes_on_from_where_the_variables_are_and_resets_the_criteria():
+    x = tf.Variable(0.0, dtype=tf.float64)
+    loop = tk.OptimizationLoop(
+        keras.optimizers.SGD(0.1), stopping=tk.stopping.LossPlateau(3).after(1), max_iterations=10
+    )
+    loss = lambda: (x - 4.0) ** 2  # noqa: E731
+    first, second = loop.minimize(loss, [x]), loop.minimize(loss, [x])
+    assert (first.steps, second.steps) == (10, 10)
+    assert second.history["loss"][0] == pytest.approx(first.loss)
