@@ -1,0 +1,87 @@
+"""The examples run as a user runs them, and print what they say they show."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = {path.stem: path for path in (Path(__file__).parents[1] / "examples").glob("*.py")}
+
+# For each example: patterns that must be printed in this order, and the numbers that their groups must
+# match to 0.1 %. Those of the quickstart follow from x_t = 4 - 4 * 0.4**t.
+PRINTED = {
+    "quickstart": [
+        (r"^MinimizeStep\n +step +x +loss$", ()),
+        (r"^ +1 +(\S+) +(\S+)$", (2.4, 16.0)),
+        (r"^ +11 +(\S+) +(\S+)$", (4 - 4 * 0.4**11, 16 * 0.4**20)),
+        (r"^stopped: LossChangeBelow: the loss changed by \S+ at step 11, at most the tolerance (\S+) ", (1e-6,)),
+        (r"^TapeStep\n +step +x +loss +gradient$", ()),
+        (r"^ +1 +(\S+) +(\S+) +(\S+)$", (2.4, 16.0, -8.0)),
+        (r"^ +11 +(\S+) +(\S+) +(\S+)$", (4 - 4 * 0.4**11, 16 * 0.4**20, -8 * 0.4**10)),
+        (r"^stopped: LossChangeBelow: the loss changed by \S+ at step 11, at most the tolerance (\S+) ", (1e-6,)),
+        (r"^x = (\S+) by MinimizeStep, \1 by TapeStep$", (4 - 4 * 0.4**11,)),
+        (r"^every x and every loss equal bit for bit: True$", ()),
+    ],
+    "custom_loop": [
+        (r"^without clipping: .* error (\S+)$", (13.527,)),
+        (r"^ +step +loss +norm +error$", ()),
+        (r"^ +10 .* (\S+)$", (25.826,)),
+        (r"^with clipping: a = (\S+), b = (\S+), error (\S+)$", (1.940, 0.911, 0.1072)),
+        (r"^76 of 120 gradients were clipped, the longest from (\S+)$", (68434,)),
+        (r"^stopped at step 120: the error 0\.1072 on unseen data met the target 0\.11$", ()),
+    ],
+    "custom_step": [
+        (r"^TapeStep +jit_compile=True +(\S+) +(\S+) +(\S+) +(\S+) +301$", (3.97672, 0.251463, 0.0, 15.8776)),
+        (
+            r"^SAMStep +run_eagerly=True +(\S+) +(\S+) +(\S+) +(\S+) +601\n"
+            r"SAMStep +jit_compile=False +\1 +\2 +\3 +\4 +601\n"
+            r"SAMStep +jit_compile=True +\1 +\2 +\3 +\4 +601$",
+            (1.09493, 0.946234, 0.000650159, 2.09423),
+        ),
+        (r"^the losses of SAM agree at every step between the drivers to (?:\de-1[3-9]|0e\+00)$", ()),
+    ],
+}
+
+
+def run(*arguments, folder):
+    """Runs Python in a folder of its own, without the settings by which the tests quieten TensorFlow."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("TF_")}
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+
+
+def without_prefix(text):
+    """The lines of a log, without the time and the thread with which TensorFlow's C++ code begins them."""
+    return [re.sub(r"^([IWEF])\d{4} [\d:.]+ +\d+ ", r"\1 ", line) for line in text.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def import_noise(tmp_path_factory):
+    """What TensorFlow itself writes when it is imported, which some versions let nobody switch off."""
+    quiet = "import os; os.environ['TF_CPP_MIN_LOG_LEVEL'] = '3'; import tensorflow"
+    return {*without_prefix(run("-c", quiet, folder=tmp_path_factory.mktemp("noise")).stderr)}
+
+
+def test_every_example_has_its_expected_output_here():
+    assert sorted(EXAMPLES) == sorted(PRINTED)
+
+
+@pytest.mark.parametrize("name", sorted(EXAMPLES))
+def test_example_prints_what_it_shows_and_nothing_to_stumble_over(name, tmp_path, import_noise):
+    done = run(EXAMPLES[name], folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+    rest = done.stdout
+    for pattern, numbers in PRINTED[name]:
+        found = re.search(pattern, rest, re.MULTILINE)
+        assert found, f"{pattern} is not in what follows:\n{rest}"
+        assert [float(group) for group in found.groups()] == pytest.approx(list(numbers), rel=1e-3)
+        rest = rest[found.end() :]
+
+    of_its_own = [line for line in without_prefix(done.stderr) if line not in import_noise]
+    absl_header = "WARNING: All log messages before absl::InitializeLog()"
+    assert [line for line in of_its_own if not line.startswith(("I ", absl_header))] == []
+    assert not list(tmp_path.iterdir()), "an example leaves files behind"
