@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any, Generic, TypeVar, cast
 
 import keras
+import numpy as np
 
 from tapekit._describe import describe
 
@@ -21,28 +22,44 @@ class Configurable:
 
     The configuration is what `__init__` takes, read from the attributes of the same names. A class
     whose attributes have other names overrides `get_config`. Every subclass is registered with
-    Keras's serialization under its package and name, so that it survives
+    Keras's serialization under its module and name, so that it survives
     `keras.saving.serialize_keras_object` and JSON.
     """
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        package = cls.__module__.partition(".")[0]
+        top = cls.__module__.partition(".")[0]
+        package = top if top == __package__ else cls.__module__  # two modules may use one name, tapekit does not
         keras.saving.register_keras_serializable(package=package, name=cls.__name__)(cls)
 
     def get_config(self) -> dict[str, Any]:
         """Returns the arguments that make an equal object, ready for JSON."""
-        return {name: _serialize(getattr(self, name)) for name in _argument_names(type(self))}
+        return {name: _serialize(value) for name, value in self._arguments().items()}
 
     @classmethod
     def from_config(cls: type[T], config: dict[str, Any]) -> T:
         """Returns the object that `config`, a result of `get_config`, describes."""
         return cls(**{name: _deserialize(value) for name, value in config.items()})
 
+    def _arguments(self) -> dict[str, Any]:
+        names = _argument_names(type(self))
+        for name in names:
+            if not hasattr(self, name):
+                raise TypeError(
+                    f"{type(self).__name__} must keep its argument `{name}` as an attribute of that name"
+                    " or override get_config, to be configured and compared."
+                )
+        return {name: getattr(self, name) for name in names}
+
     def __eq__(self, other: object) -> bool:
+        if self is other:
+            return True
         if type(self) is not type(other):
             return NotImplemented
-        return self is other or self.get_config() == cast(Configurable, other).get_config()
+        same = cast(Configurable, other)
+        if type(self).get_config is Configurable.get_config:
+            return _equal(self._arguments(), same._arguments())
+        return _equal(self.get_config(), same.get_config())
 
     def __hash__(self) -> int:
         return hash(type(self))
@@ -62,6 +79,18 @@ def _argument_names(cls: type) -> list[str]:
     return names
 
 
+def _equal(one: Any, other: Any) -> bool:
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(_equal(one[key], other[key]) for key in one)
+    if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):  # JSON gives lists for tuples
+        return len(one) == len(other) and all(map(_equal, one, other))
+    if isinstance(one, Configurable):
+        return one == other
+    if type(one) is type(other) and hasattr(one, "get_config"):  # Keras's objects have no equality of their own
+        return one is other or _equal(one.get_config(), other.get_config())
+    return one is other or bool(np.array_equal(cast(Any, one), other))
+
+
 def _serialize(value: Any) -> Any:
     return keras.saving.serialize_keras_object(list(value) if isinstance(value, tuple) else value)
 
@@ -69,9 +98,28 @@ def _serialize(value: Any) -> Any:
 def _deserialize(value: Any) -> Any:
     if isinstance(value, list):
         return [_deserialize(item) for item in value]
-    if isinstance(value, dict) and "class_name" not in value:
+    if not isinstance(value, dict):
+        return value
+    if "class_name" not in value:
         return {key: _deserialize(item) for key, item in value.items()}
-    return keras.saving.deserialize_keras_object(value) if isinstance(value, dict) else value
+    if "module" not in value and not str(value["class_name"]).startswith("__"):
+        return value  # written by hand: the `get` of its kind knows it
+    _registered(value.get("registered_name"), value.get("module"))
+    return keras.saving.deserialize_keras_object(value)
+
+
+_groups: list[str] = []
+
+
+def _registered(name: str | None, module: str | None) -> Any:
+    """Returns what Keras knows under a registered name, after a look at the plugin that `module` belongs to."""
+    if not name:
+        return None
+    if module and keras.saving.get_registered_object(name) is None:
+        for point in (point for group in _groups for point in importlib.metadata.entry_points(group=group)):
+            if point.module.partition(".")[0] == module.partition(".")[0]:
+                point.load()
+    return keras.saving.get_registered_object(name)
 
 
 class Registry(Generic[T]):
@@ -86,10 +134,12 @@ class Registry(Generic[T]):
 
     def __init__(self, argument: str, base: type[T], group: str, suffix: str = "") -> None:
         self._argument = argument
+        self._right = f"`{argument}` must be a {base.__name__}, its name or its configuration"
         self._base = base
         self._group = group
         self._suffix = suffix
         self._classes: dict[str, Callable[..., Any]] = {}
+        _groups.append(group)
 
     def add(self, *classes: type) -> None:
         """Makes `classes` known under their snake-case names."""
@@ -100,33 +150,37 @@ class Registry(Generic[T]):
         if isinstance(identifier, self._base):
             return identifier
         if isinstance(identifier, str):
-            return self._make(identifier, {})
-        if isinstance(identifier, dict) and "class_name" in identifier:
-            if "registered_name" in identifier:
-                return self.get(keras.saving.deserialize_keras_object(identifier))
-            return self._make(identifier["class_name"], identifier.get("config") or {})
+            identifier = {"class_name": identifier}
+        if isinstance(identifier, dict) and isinstance(name := identifier.get("class_name"), str):
+            cls = _registered(identifier.get("registered_name") or name, identifier.get("module")) or self._find(name)
+            made = self._make(cls, name, identifier.get("config") or {})
+            if isinstance(made, self._base):
+                return made
+            raise TypeError(f"{self._right}, received {describe(made)} by the name {name!r}.")
         hint = ""
         if inspect.isclass(identifier) and issubclass(identifier, self._base):
-            hint = f": write {identifier.__name__}() to make an instance"
-        raise TypeError(
-            f"`{self._argument}` must be a {self._base.__name__}, its name or its configuration,"
-            f" received {describe(identifier)}{hint}."
-        )
+            hint = f": write {identifier.__name__}(...) to make an instance"
+        raise TypeError(f"{self._right}, received {describe(identifier)}{hint}.")
 
-    def _make(self, name: str, config: dict[str, Any]) -> Any:
-        cls = self._find(name)
-        try:
-            inspect.signature(cls).bind(**config)
-        except TypeError as error:
-            raise TypeError(
-                f"`{self._argument}` {name!r} needs other arguments ({error}): give"
-                f' {{"class_name": {name!r}, "config": {{...}}}} for {cls.__name__}{inspect.signature(cls)}.'
-            ) from None
+    def _make(self, cls: Any, name: str, config: Any) -> Any:
         make = getattr(cls, "from_config", None)
+        if getattr(make, "__func__", None) in (None, Configurable.from_config.__func__):
+            signature = inspect.signature(cls)
+            try:
+                signature.bind(**config)
+            except TypeError as error:
+                shown = signature.replace(
+                    parameters=[p.replace(annotation=p.empty) for p in signature.parameters.values()],
+                    return_annotation=signature.empty,
+                )
+                raise TypeError(
+                    f"`{self._argument}` {name!r} needs other arguments ({error}): give"
+                    f' {{"class_name": "{name}", "config": {{...}}}} for {cls.__name__}{shown}.'
+                ) from None
         return make(config) if make else cls(**config)
 
     def _find(self, name: str) -> Any:
-        key = _snake(name.rpartition(">")[2]).removesuffix(self._suffix)
+        key = _snake(name).removesuffix(self._suffix)
         if key in self._classes:
             return self._classes[key]
         plugins = {point.name: point for point in importlib.metadata.entry_points(group=self._group)}
@@ -143,4 +197,4 @@ class Registry(Generic[T]):
 
 
 def _snake(name: str) -> str:
-    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z][A-Za-z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()

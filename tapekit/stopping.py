@@ -50,7 +50,7 @@ class Criterion(Configurable):
             and the scalars that the objective and the measures give: any of `"seconds"`,
             `"gradient_norm"`, `"gradient_norm_inf"`, `"variables_change"` and `"variables_scale"`
             (float64), or `"gradients_finite"` (bool). Only what is named is computed.
-        reason: the `StopReason` of a run that this criterion ends.
+        reason: the `StopReason` of a run that this criterion ends; a combination has those of its parts.
 
     Criteria combine: `a | b` stops when either does, `a & b` when both do at the same step,
     `a.for_steps(n)` when `a` has held for n consecutive steps, `a.after(n)` not before step n.
@@ -111,7 +111,7 @@ def _same(criterion: Any, kind: type) -> tuple[Criterion, ...]:
     return criterion.criteria if isinstance(criterion, kind) else (criterion,)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class MaxIterations(Criterion):
     """Stops at step `n`: t >= n.
 
@@ -141,7 +141,7 @@ class MaxIterations(Criterion):
         return f"step {logs['step']} reached the limit of {self.n}"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class MaxEvaluations(Criterion):
     """Stops when the loss has been evaluated `n` times or more.
 
@@ -174,7 +174,7 @@ class MaxEvaluations(Criterion):
         return f"{logs['evaluations']} evaluations of the loss at step {logs['step']} reached the limit of {self.n}"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class WallTime(Criterion):
     """Stops when the run has lasted `seconds`.
 
@@ -208,10 +208,10 @@ class WallTime(Criterion):
         return logs["seconds"], logs["seconds"] >= self.seconds
 
     def message(self, state, logs):
-        return f"{state:.3g} s at step {logs['step']} reached the limit of {self.seconds:g} s"
+        return f"{state:.6g} s at step {logs['step']} reached the limit of {self.seconds:g} s"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class LossBelow(Criterion):
     """Stops when the loss is small enough: f <= value.
 
@@ -240,7 +240,7 @@ class LossBelow(Criterion):
         return f"the loss {logs['loss']:.6g} at step {logs['step']} is at most {self.value:g}"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class LossChangeBelow(Criterion):
     """Stops when the loss hardly changes: abs(f_t - f_(t-1)) <= atol + rtol * abs(f_t).
 
@@ -274,7 +274,7 @@ class LossChangeBelow(Criterion):
         loss = logs["loss"]
         change = tf.abs(loss - state["loss"])
         small = change <= _threshold(self.atol, self.rtol, loss)
-        return {"loss": loss, "change": change}, small & (logs["step"] > 1)
+        return {"loss": loss, "change": change}, small & tf.math.is_finite(change) & (logs["step"] > 1)
 
     def message(self, state, logs):
         threshold = self.atol + self.rtol * abs(state["loss"])
@@ -284,7 +284,7 @@ class LossChangeBelow(Criterion):
         )
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class GradientNormBelow(Criterion):
     """Stops when the norm of all gradients together is small: norm(g, ord) <= tol.
 
@@ -309,10 +309,9 @@ class GradientNormBelow(Criterion):
 
     def __post_init__(self) -> None:
         _set(self, tol=check_real(self.tol, "tol", 0))
-        if self.ord not in (2, math.inf, "inf"):
-            raise ValueError(f"`ord` must be 2 or math.inf, received {self.ord!r}.")
-        if self.ord == "inf":
-            _set(self, ord=math.inf)
+        if not isinstance(self.ord, (int, float, str)) or self.ord not in (2, math.inf, "inf"):
+            raise ValueError(f"`ord` must be 2 or math.inf, received {describe(self.ord)}.")
+        _set(self, ord=2 if self.ord == 2 else math.inf)
 
     def get_config(self):
         return {"tol": self.tol, "ord": 2 if self.ord == 2 else "inf"}
@@ -335,7 +334,7 @@ class GradientNormBelow(Criterion):
         )
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class VariablesChangeBelow(Criterion):
     """Stops when the variables hardly move: max abs(x_t - x_(t-1)) <= atol + rtol * max abs(x_t).
 
@@ -368,7 +367,7 @@ class VariablesChangeBelow(Criterion):
     def update(self, state, logs):
         change = logs["variables_change"]
         threshold = _threshold(self.atol, self.rtol, logs["variables_scale"])
-        return {"change": change, "threshold": threshold}, change <= threshold
+        return {"change": change, "threshold": threshold}, (change <= threshold) & tf.math.is_finite(change)
 
     def message(self, state, logs):
         return (
@@ -377,7 +376,7 @@ class VariablesChangeBelow(Criterion):
         )
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class LossPlateau(Criterion):
     """Stops when the loss has had no new best by more than `min_delta` for `patience` steps.
 
@@ -418,7 +417,7 @@ class LossPlateau(Criterion):
         )
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class NonFinite(Criterion):
     """Stops when the loss or an entry of a gradient is NaN or infinite; part of every run.
 
@@ -443,13 +442,15 @@ class NonFinite(Criterion):
         return f"the loss is {logs['loss']} at step {logs['step']}"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class _Combination(Criterion):
     """Several criteria in one; its state says which of them fired."""
 
     criteria: tuple[Criterion, ...]
 
     def __init__(self, criteria: Sequence[Any]) -> None:
+        if not isinstance(criteria, (list, tuple)):
+            raise TypeError(f"`criteria` must be a list of criteria, received {describe(criteria)}.")
         criteria = tuple(get(criterion) for criterion in criteria)
         if not criteria:
             raise ValueError("`criteria` must hold at least one criterion, received none.")
@@ -482,7 +483,7 @@ class AnyOf(_Combination):
 
     Raises:
         ValueError: there is none.
-        TypeError: one of them is not a criterion.
+        TypeError: it is not a list, or one of them is not a criterion.
 
     Example:
         >>> import tapekit as tk
@@ -501,14 +502,14 @@ class AnyOf(_Combination):
 class AllOf(_Combination):
     """Stops when all of `criteria` do at the same step; `a & b` makes one.
 
-    The run counts as converged if any of them is a convergence criterion.
+    The run counts as converged if any of them is a convergence criterion and none says that it failed.
 
     Args:
         criteria: the criteria, their names or configurations.
 
     Raises:
         ValueError: there is none.
-        TypeError: one of them is not a criterion.
+        TypeError: it is not a list, or one of them is not a criterion.
 
     Example:
         >>> import tapekit as tk
@@ -521,13 +522,10 @@ class AllOf(_Combination):
         return state, _reduce(tf.logical_and, state)
 
     def explain(self, state, logs):
-        explanations = self._explanations(state, logs)
-        reasons = [reason for reason, _ in explanations]
-        reason = StopReason.CONVERGED if StopReason.CONVERGED in reasons else reasons[0]
-        return reason, " and ".join(message for _, message in explanations)
+        return _join(self._explanations(state, logs), " and ")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class ForSteps(Criterion):
     """Stops when `criterion` has held for `n` consecutive steps; `criterion.for_steps(n)` makes one.
 
@@ -573,7 +571,7 @@ class ForSteps(Criterion):
         return reason, f"{message}, for {self.n} consecutive steps"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class After(Criterion):
     """Disregards `criterion` before step `n`; `criterion.after(n)` makes one.
 
@@ -620,9 +618,15 @@ class After(Criterion):
 
 
 def either(explanations: Sequence[tuple[StopReason, str]]) -> tuple[StopReason, str]:
-    """Joins the explanations of the criteria of which any one stops; the reason is that of the first."""
+    """Joins the explanations of the criteria that have fired, of which any one would have stopped the run."""
+    return _join(explanations, "; ")
+
+
+def _join(explanations: Sequence[tuple[StopReason, str]], separator: str) -> tuple[StopReason, str]:
+    """Joins explanations; their order does not matter for the reason, and none is said twice."""
     reasons = [reason for reason, _ in explanations]
-    return reasons[0], "; ".join(message for _, message in explanations)
+    weightiest = [reason for reason in (StopReason.NOT_FINITE, StopReason.CONVERGED) if reason in reasons]
+    return [*weightiest, *reasons][0], separator.join(dict.fromkeys(message for _, message in explanations))
 
 
 def _set(criterion: Criterion, /, **values: Any) -> None:
@@ -676,7 +680,8 @@ def get(identifier: Any) -> Criterion:
         MaxIterations(n=100)
     """
     if isinstance(identifier, (list, tuple)):
-        if not identifier:
+        criteria = [get(item) for item in identifier]
+        if not criteria:
             raise ValueError(f"`stopping` must name at least one criterion, received {describe(identifier)}.")
-        return AnyOf(identifier) if len(identifier) > 1 else get(identifier[0])
+        return criteria[0] if len(criteria) == 1 else AnyOf(criteria)
     return _registry.get(identifier)
