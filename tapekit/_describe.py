@@ -20,6 +20,8 @@ def describe(value: Any) -> str:
         return f"the {type(value).__name__} {value}"
     if inspect.isclass(value):
         return f"the class {value.__name__}"
+    if inspect.isroutine(value):
+        return f"the function {value.__name__}"
     if isinstance(value, (tf.Variable, keras.Variable)):
         kind = "keras.Variable" if isinstance(value, keras.Variable) else "tf.Variable"
         return f"the {kind} {variable_name(value)!r} of {shape_and_dtype(value)}"
@@ -27,14 +29,16 @@ def describe(value: Any) -> str:
         kind = "tf.Tensor" if isinstance(value, tf.Tensor) else "NumPy array"
         return f"a {kind} of {shape_and_dtype(value)}"
     if isinstance(value, (list, tuple, dict, set)):
-        return f"a {type(value).__name__} of {len(value)}"
+        kind = type(value).__name__
+        return f"a {kind} of {len(value)}" if value else f"an empty {kind}"
     return f"an object of type {type(value).__name__}"
 
 
 def shape_and_dtype(value: Any) -> str:
     """Returns "shape (2,) and dtype float32" of a tensor, an array or a variable."""
     dtype = getattr(value.dtype, "name", value.dtype)
-    return f"shape {tuple(value.shape)} and dtype {dtype}"
+    shape = "unknown shape" if tf.TensorShape(value.shape).rank is None else f"shape {tuple(value.shape)}"
+    return f"{shape} and dtype {dtype}"
 
 
 def variable_name(variable: Any) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,24 +19,53 @@ class Objective:
     """A user's function with its result checked: `objective()` returns `(loss, extras)`."""
 
     def __init__(self, function: Callable[[], Any]) -> None:
+        right = "`loss` must be a function of no arguments, as in `lambda: (x - 4.0) ** 2`"
         if not callable(function):
-            raise TypeError(f"`loss` must be a function of no arguments, received {describe(function)}.")
+            raise TypeError(f"{right}, received {describe(function)}.")
+        if required := required_arguments(function):
+            raise TypeError(f"{right}, received {describe(function)} that needs {', '.join(required)}.")
         self.function = function
         self._call = function
 
     def __call__(self) -> tuple[tf.Tensor, dict[str, tf.Tensor]]:
         """Evaluates the function, through AutoGraph if it branches on tensors inside a graph."""
-        try:
-            value = self._call()
-        except tf.errors.OperatorNotAllowedInGraphError:
-            if self._call is not self.function:
-                raise
-            self._call = tf.function(self.function)
-            value = self._call()
+        value = self._evaluate()
         extras: Any = {}
         if isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], dict):
             value, extras = value
         return _check_loss(value), {name: _check_extra(name, extra) for name, extra in extras.items()}
+
+    def _evaluate(self) -> Any:
+        if self._call is self.function:
+            with contextlib.suppress(tf.errors.OperatorNotAllowedInGraphError):
+                return self.function()
+            self._call = _with_autograph(self.function)
+        return self._call()
+
+
+def required_arguments(function: Callable[..., Any]) -> list[str]:
+    """Returns the names of the arguments without which `function` cannot be called, if they can be known."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # some functions written in C do not tell
+        return []
+    optional = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return [p.name for p in parameters if p.default is p.empty and p.kind not in optional]
+
+
+def _with_autograph(function: Callable[[], Any]) -> Callable[[], Any]:
+    converted = tf.function(function)
+
+    def call() -> Any:
+        try:
+            return converted()
+        except Exception as error:
+            users = error.__context__
+            if users is not None and hasattr(users, "ag_error_metadata"):  # `error` is what AutoGraph made of it
+                raise users from error
+            raise
+
+    return call
 
 
 def _check_loss(value: Any) -> tf.Tensor:
@@ -46,9 +77,9 @@ def _check_loss(value: Any) -> tf.Tensor:
         raise TypeError(f"{right}, received {describe(value)}{hint}.")
     if not value.dtype.is_floating:
         raise TypeError(f"{right}, received {describe(value)}.")
-    if value.shape.rank != 0:
+    if value.shape.rank:
         raise ValueError(f"{right}, received a tensor of {shape_and_dtype(value)}; reduce it, say with tf.reduce_sum.")
-    return tf.convert_to_tensor(value)
+    return tf.ensure_shape(value, []) if value.shape.rank is None else tf.convert_to_tensor(value)
 
 
 def _check_extra(name: Any, value: Any) -> tf.Tensor:
@@ -57,10 +88,16 @@ def _check_extra(name: Any, value: Any) -> tf.Tensor:
             f"`loss` must name the values beside the loss by strings other than {', '.join(sorted(_RESERVED))},"
             f" received the name {name!r}."
         )
-    tensor = tf.convert_to_tensor(value)
-    if tensor.shape.rank != 0:
-        raise ValueError(f"`loss` must return scalars beside the loss, received {name!r} of {shape_and_dtype(tensor)}.")
-    return tensor
+    right = "`loss` must return scalar numbers beside the loss"
+    try:
+        tensor = tf.convert_to_tensor(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{right}, received {describe(value)} under {name!r}.") from None
+    if not (tensor.dtype.is_floating or tensor.dtype.is_integer or tensor.dtype.is_complex or tensor.dtype.is_bool):
+        raise TypeError(f"{right}, received {describe(value)} under {name!r}.")
+    if tensor.shape.rank:
+        raise ValueError(f"{right}, received {describe(value)} under {name!r}; reduce it, say with tf.reduce_mean.")
+    return tf.ensure_shape(tensor, []) if tensor.shape.rank is None else tensor
 
 
 def tf_variable(variable: Any) -> Any:
@@ -84,13 +121,15 @@ def check_variables(structure: Any) -> list[Any]:
     if not variables:
         raise ValueError(f"`variables` must hold at least one variable, received {describe(structure)}.")
     for position, variable in enumerate(variables):
-        right = f"`variables` must hold trainable floating-point variables; item {position} is"
+        place = f"as item {position} " if tf.nest.is_nested(structure) else ""
+        right = f"`variables` must be trainable floating-point variables, received {place}{describe(variable)}"
         if not isinstance(variable, (tf.Variable, keras.Variable)):
-            raise TypeError(f"{right} {describe(variable)}.")
+            hint = "; give its trainable_variables" if hasattr(variable, "trainable_variables") else ""
+            raise TypeError(f"{right}{hint}.")
         if not tf.as_dtype(variable.dtype).is_floating:
-            raise TypeError(f"{right} {describe(variable)}.")
+            raise TypeError(f"{right}.")
         if not variable.trainable:
-            raise ValueError(f"{right} not trainable: {describe(variable)}.")
+            raise ValueError(f"{right}, which is not trainable.")
     seen: set[int] = set()
     for variable in variables:
         if id(tf_variable(variable)) in seen:
@@ -105,7 +144,10 @@ def read_variables(objective: Objective) -> list[Any]:
         objective()
     variables = [variable for variable in tape.watched_variables() if variable.dtype.is_floating]
     if not variables:
-        raise ValueError("`variables` is None and `loss` reads no trainable floating-point variable; name them.")
+        raise ValueError(
+            "`variables` must name what to minimize over, as `loss` reads no trainable floating-point variable,"
+            " received None."
+        )
     return variables
 
 

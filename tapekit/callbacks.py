@@ -7,6 +7,8 @@ the host.
 from __future__ import annotations
 
 import dataclasses
+import inspect
+import numbers
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TextIO
@@ -118,7 +120,7 @@ class FunctionCallback(Callback):
         replayable: whether the function reads its arguments alone, see `Callback`.
 
     Raises:
-        TypeError: `function` is not callable or `every` not an integer.
+        TypeError: `function` cannot be called as `f(step, logs)`, or `every` is not an integer.
         ValueError: `every` is below 1.
 
     Example:
@@ -128,8 +130,10 @@ class FunctionCallback(Callback):
 
     def __init__(self, function: Callable[[int, dict[str, Any]], Any], every: int = 1, replayable: bool = False):
         super().__init__()
-        if not callable(function):
-            raise TypeError(f"`function` must be callable as f(step, logs), received {describe(function)}.")
+        if not _takes_step_and_logs(function):
+            raise TypeError(
+                f"`function`, a callback, must be callable as f(step, logs), received {describe(function)} that is not."
+            )
         self.function = function
         self.every = check_integer(every, "every", 1)
         self.replayable = replayable
@@ -137,6 +141,16 @@ class FunctionCallback(Callback):
     def on_step(self, step, logs):
         """Calls the function."""
         self.function(step, logs)
+
+
+def _takes_step_and_logs(function: Any) -> bool:
+    try:
+        inspect.signature(function).bind(0, {})
+    except TypeError:
+        return False
+    except ValueError:  # some functions written in C do not tell what they take
+        pass
+    return callable(function)
 
 
 class IterationTable(Callback):
@@ -150,7 +164,7 @@ class IterationTable(Callback):
         file: where to write; `None` is standard output.
 
     Raises:
-        TypeError: `every` is not an integer.
+        TypeError: `every` is not an integer, or `columns` not a list of names.
         ValueError: `every` is below 1, or a column is not in the logs.
 
     Example:
@@ -167,39 +181,62 @@ class IterationTable(Callback):
 
     def __init__(self, columns: Iterable[str] | None = None, every: int = 1, file: TextIO | None = None):
         super().__init__()
+        if isinstance(columns, str):
+            raise TypeError(f"`columns` must be a list of names of logs, received {columns!r}; write [{columns!r}].")
         self.columns = None if columns is None else list(columns)
         self.every = check_integer(every, "every", 1)
         self.file = file
-        self._printed: list[str] = []
+        self._widths: dict[str, int] | None = None
 
     def on_train_begin(self, logs=None):
         """Forgets the columns of the run before."""
-        self._printed = []
+        self._widths = None
 
     def on_step(self, step, logs):
         """Prints a line, after the heading if it is the first."""
         file = self.file or sys.stdout
-        if not self._printed:
-            self._printed = list(logs) if self.columns is None else self.columns
-            unknown = [name for name in self._printed if name not in logs]
-            if unknown:
-                raise ValueError(f"`columns` must be among {', '.join(logs)}, received {', '.join(unknown)}.")
-            print(f"{'step':>6}" + "".join(f"{name:>14}" for name in self._printed), file=file)
-        print(f"{step:6d}" + "".join(_cell(logs[name]) for name in self._printed), file=file)
+        if self._widths is None:
+            self._widths = self._choose_widths(logs)
+            heading = (f"{name:>{width}}" for name, width in self._widths.items())
+            print("  ".join(["  step", *heading]), file=file)
+        cells = (f"{_cell(logs[name]):>{width}}" for name, width in self._widths.items())
+        print("  ".join([f"{step:6d}", *cells]), file=file)
+
+    def _choose_widths(self, logs: dict[str, Any]) -> dict[str, int]:
+        names = list(logs) if self.columns is None else self.columns
+        unknown = [name for name in names if name not in logs]
+        if unknown:
+            raise ValueError(f"`columns` must be among {', '.join(logs)}, received {', '.join(unknown)}.")
+        return {name: max(_NUMBER_WIDTH, len(name), len(_cell(logs[name]))) for name in names}
+
+
+_NUMBER_WIDTH = 12
 
 
 def _cell(value: Any) -> str:
-    if isinstance(value, np.ndarray):
-        return "  " + np.array2string(value, precision=6, threshold=6, edgeitems=2).replace("\n", "")
-    return f"{value:14.6g}"
+    if not isinstance(value, np.ndarray):
+        return _number(value)
+    text = np.array2string(
+        value,
+        max_line_width=sys.maxsize,
+        threshold=6,
+        edgeitems=2,
+        formatter={"all": lambda entry: f"{_number(entry):>{_NUMBER_WIDTH}}"},
+    )
+    return text.replace("\n", "")
 
 
+def _number(value: Any) -> str:
+    return str(value) if isinstance(value, (numbers.Integral, np.bool_)) else f"{value:.6g}"
+
+
+_NOT_BY_NAME = (keras.callbacks.Callback, keras.callbacks.CallbackList)
 _registry = Registry("callbacks", keras.callbacks.Callback, "tapekit.callbacks")
 _registry.add(
     *(
         member
         for member in vars(keras.callbacks).values()
-        if isinstance(member, type) and issubclass(member, keras.callbacks.Callback)
+        if isinstance(member, type) and issubclass(member, keras.callbacks.Callback) and member not in _NOT_BY_NAME
     ),
     IterationTable,
     FunctionCallback,
@@ -228,11 +265,17 @@ def get(identifier: Any) -> keras.callbacks.Callback:
     """
     if callable(identifier) and not isinstance(identifier, (type, keras.callbacks.Callback)):
         return FunctionCallback(identifier)
+    if not isinstance(identifier, (type, str, dict, keras.callbacks.Callback)):
+        raise TypeError(
+            "`callbacks` must be callbacks, their names or configurations, or functions f(step, logs),"
+            f" received {describe(identifier)}."
+        )
     return _registry.get(identifier)
 
 
 # These read their arguments alone, so they can be called after a chunk of steps.
 _REPLAYABLE_IN_KERAS = (keras.callbacks.History, keras.callbacks.CSVLogger)
+_NEVER_STOP = (*_REPLAYABLE_IN_KERAS, IterationTable)
 _PER_STEP = ("on_train_batch_begin", "on_step", "on_train_batch_end")
 _PER_EPOCH = ("on_epoch_begin", "on_epoch_end")
 
@@ -254,6 +297,7 @@ class _Registration:
     call: Callable[..., Any]
     every: int
     replayable: bool
+    can_stop: bool
 
 
 class Dispatch:
@@ -271,8 +315,8 @@ class Dispatch:
         registered = [item for hooks in self._hooks.values() for item in hooks]
         self._edges = {item.every for item in registered if not item.replayable}
         self._replayed = any(item.replayable for item in registered)
-        self.can_stop = bool(registered)
-        self.any_hook = self.can_stop or any(overridden(owner, "on_train_end") for owner in owners)
+        self.can_stop = any(item.can_stop for item in registered)
+        self.any_hook = bool(registered) or any(overridden(owner, "on_train_end") for owner in owners)
         self.gradient_hooks = [call for owner in owners if (call := overridden(owner, "on_gradient"))]
 
     def _registrations(self, hook: str):
@@ -280,13 +324,15 @@ class Dispatch:
             if call := overridden(owner, hook):
                 replayable = getattr(owner, "replayable", False) or type(owner) in _REPLAYABLE_IN_KERAS
                 every = self._epoch_length if hook in _PER_EPOCH else 1
-                yield _Registration(call, owner.every if hook == "on_step" else every, replayable)
+                if hook == "on_step":
+                    every = check_integer(getattr(owner, "every", 1), f"{type(owner).__name__}.every", 1)
+                yield _Registration(call, every, replayable, type(owner) not in _NEVER_STOP)
 
     def train(self, hook: str, logs: dict[str, Any] | None = None) -> None:
         """Calls `on_train_begin` or `on_train_end` of everyone."""
         for owner in self._owners:
             if call := overridden(owner, hook):
-                call(logs)
+                call(logs or {})
 
     def steps_to_edge(self, step: int, at_most: int) -> int:
         """Returns how many steps may follow `step` before somebody needs the host."""
@@ -316,8 +362,8 @@ class Dispatch:
     def _begin(self, step: int, replayable: bool) -> None:
         epoch, batch = divmod(step - 1, self._epoch_length)
         if batch == 0:
-            self._call("on_epoch_begin", epoch, None, lambda item: item.replayable is replayable)
-        self._call("on_train_batch_begin", batch, None, lambda item: item.replayable is replayable)
+            self._call("on_epoch_begin", epoch, {}, lambda item: item.replayable is replayable)
+        self._call("on_train_batch_begin", batch, {}, lambda item: item.replayable is replayable)
 
     def _end(self, step: int, logs: dict[str, Any], live: bool) -> None:
         epoch, batch = divmod(step - 1, self._epoch_length)
@@ -326,11 +372,11 @@ class Dispatch:
         self._call("on_train_batch_end", batch, logs, due)
         self._call("on_epoch_end", epoch, logs, due)
 
-    def _call(self, hook: str, position: int, logs: dict[str, Any] | None, due: Callable[[_Registration], bool]):
+    def _call(self, hook: str, position: int, logs: dict[str, Any], due: Callable[[_Registration], bool]):
         items = [item for item in self._hooks[hook] if due(item)]
         if not items:
             return
-        if logs is not None and hook != "on_step":
+        if hook != "on_step":
             logs = scalars(logs)
         for item in items:
             item.call(position, logs)
@@ -341,10 +387,11 @@ def scalars(logs: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in logs.items() if not isinstance(value, np.ndarray)}
 
 
+@keras.saving.register_keras_serializable(package="tapekit")
 class VariablesModel(keras.Model):
     """The model that callbacks find in a run without one: it owns the variables and the optimizer."""
 
-    def __init__(self, variables: list[keras.Variable], optimizer: Any) -> None:
+    def __init__(self, variables: list[keras.Variable], optimizer: Any = None) -> None:
         super().__init__(name="tapekit_variables")
         self.owned = variables
         self.optimizer = optimizer
@@ -354,3 +401,14 @@ class VariablesModel(keras.Model):
     def call(self, inputs: Any = None) -> Any:
         """Returns `inputs`: the objective is not a function of a batch."""
         return inputs
+
+    def get_config(self) -> dict[str, Any]:
+        """Returns what makes variables of the same names, shapes and dtypes."""
+        return {"variables": [{"shape": list(v.shape), "dtype": v.dtype, "name": v.name} for v in self.owned]}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> VariablesModel:
+        """Returns a model of new variables, which are zero until their values are loaded."""
+        return cls(
+            [keras.Variable(keras.ops.zeros(v["shape"], v["dtype"]), name=v["name"]) for v in config["variables"]]
+        )
