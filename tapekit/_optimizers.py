@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import types
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -44,27 +45,40 @@ def minimize(optimizer: Any, loss: Any, var_list: Any, tape: tf.GradientTape | N
         raise ValueError(f"`tape` must be the tape under which the loss {describe(loss)} was computed, received None.")
     own = getattr(optimizer, "minimize", None)
     if own is not None:
-        variables = var_list if callable(var_list) else [tf_variable(variable) for variable in _flat(var_list)]
-        return own(loss, variables) if tape is None else own(loss, variables, tape=tape)
+        targets = (lambda: _tf_variables(var_list())) if callable(var_list) else _tf_variables(var_list)
+        more = {} if tape is None else {"tape": tape}
+        if "var_list" in inspect.signature(own).parameters:  # which is the third one in tf.compat.v1
+            return own(loss, var_list=targets, **more)
+        return own(loss, targets, **more)
     if not hasattr(optimizer, "apply_gradients"):
         raise TypeError(f"`optimizer` must have apply_gradients or minimize, received {describe(optimizer)}.")
     tape = tape or tf.GradientTape()
     if callable(loss):
         with tape:
             if not callable(var_list):
-                tape.watch([tf_variable(variable) for variable in _flat(var_list)])
+                tape.watch(_tf_variables(var_list))
             loss = loss()
+    loss = tf_variable(loss)
+    if not isinstance(loss, (tf.Tensor, tf.Variable)):
+        raise TypeError(f"`loss` must be a tensor, or a function that returns one, received {describe(loss)}.")
     variables = _flat(var_list() if callable(var_list) else var_list)
-    if hasattr(optimizer, "scale_loss"):
-        with tape:
-            loss = optimizer.scale_loss(loss)
-    gradients = tape.gradient(loss, [tf_variable(variable) for variable in variables])
-    pairs = [(gradient, keras_variable(v)) for gradient, v in zip(gradients, variables, strict=True)]
-    return optimizer.apply_gradients(pairs)
+    scale_loss = getattr(optimizer, "scale_loss", tf.identity)
+    scale = tf.cast(scale_loss(tf.ones_like(loss)), loss.dtype)
+    gradients = tape.gradient(loss, [tf_variable(v) for v in variables], output_gradients=scale)
+    return optimizer.apply_gradients(list(zip(gradients, map(keras_variable, variables), strict=True)))
 
 
-def _flat(variables: Any) -> list[Any]:
-    return [variables] if isinstance(variables, (tf.Variable, keras.Variable)) else tf.nest.flatten(variables)
+def _flat(var_list: Any) -> list[Any]:
+    variables = [var_list] if isinstance(var_list, (tf.Variable, keras.Variable)) else tf.nest.flatten(var_list)
+    strange = [variable for variable in variables if not isinstance(variable, (tf.Variable, keras.Variable))]
+    if strange or not variables:
+        received = describe(strange[0] if strange else var_list)
+        raise TypeError(f"`var_list` must hold tf.Variable or keras.Variable, at least one, received {received}.")
+    return variables
+
+
+def _tf_variables(var_list: Any) -> list[tf.Variable]:
+    return [tf_variable(variable) for variable in _flat(var_list)]
 
 
 class Updater:
@@ -89,17 +103,17 @@ class Updater:
         return [self._views[id(variable)][1] for variable in variables]
 
     def check(self, variables: Sequence[Any]) -> None:
-        """Raises if the optimizer has been built without one of `variables`."""
-        index = getattr(self.optimizer, "_trainable_variables_indices", None)
-        index = getattr(self.optimizer, "_index_dict", None) if index is None else index
-        if not index:
-            return
-        unknown = [variable_name(v) for v in variables if self.optimizer._var_key(tf_variable(v)) not in index]
-        if unknown:
-            raise ValueError(
-                "`optimizer` must be new or built on the variables that are minimized over, received a"
-                f" {type(self.optimizer).__name__} built on others, without {', '.join(unknown)}."
-            )
+        """Raises if the optimizer, or one that it wraps, has been built without one of `variables`."""
+        optimizer = self.optimizer
+        while optimizer is not None:
+            index = getattr(optimizer, "_trainable_variables_indices", None) or getattr(optimizer, "_index_dict", None)
+            unknown = [variable_name(v) for v in variables if index and optimizer._var_key(tf_variable(v)) not in index]
+            if unknown:
+                raise ValueError(
+                    "`optimizer` must be new or built on the variables that are minimized over, received a"
+                    f" {type(optimizer).__name__} built on others, without {', '.join(unknown)}."
+                )
+            optimizer = getattr(optimizer, "inner_optimizer", None)
 
     def build(self, variables: Sequence[Any]) -> None:
         """Makes the slot variables, outside of any graph that is being traced."""
@@ -112,77 +126,90 @@ class Updater:
             elif hasattr(self.optimizer, "_create_all_weights"):  # the legacy optimizers of tf_keras
                 self.optimizer._create_all_weights(list(variables))
 
-    def scaled(self, loss: tf.Tensor) -> tf.Tensor:
-        """Returns the loss whose gradient the optimizer wants under mixed precision."""
-        for method in ("scale_loss", "get_scaled_loss"):
-            if hasattr(self.optimizer, method):
-                return getattr(self.optimizer, method)(loss)
-        return loss
-
     @property
     def scales(self) -> bool:
-        """Whether the optimizer scales the loss at all."""
-        one = tf.ones([])
-        return self.scaled(one) is not one
+        """Whether the optimizer scales the loss at all, as under mixed precision."""
+        return self.scale(tf.float32) is not None
+
+    def scale(self, dtype: Any) -> Any:
+        """Returns the factor on the loss that the optimizer asks for, or None."""
+        one = tf.ones([], dtype)
+        for method in ("scale_loss", "get_scaled_loss"):  # Keras 3, tf_keras
+            if hasattr(self.optimizer, method):
+                scaled = getattr(self.optimizer, method)(one)
+                return None if scaled is one else tf.cast(scaled, dtype)
+        return None
 
     def true(self, gradients: Sequence[Any]) -> list[Any]:
         """Returns the gradients of the loss from those of the scaled loss."""
         if not self.scales:
             return list(gradients)
-        scale = self.scaled(tf.ones([]))
-        return [map_values(lambda values: values / tf.cast(scale, values.dtype), g) for g in gradients]
+        if hasattr(self.optimizer, "get_unscaled_gradients"):
+            return self.optimizer.get_unscaled_gradients(gradients)
+        return [map_values(lambda values: values / self.scale(values.dtype), gradient) for gradient in gradients]
 
-    def apply(self, gradients: Sequence[Any], variables: Sequence[Any]) -> Any:
+    @property
+    def _takes_scaled(self) -> bool:
+        """Whether `apply_gradients` takes the scale out again, as in Keras 3 and unlike in tf_keras."""
+        return hasattr(self.optimizer, "scale_loss")
+
+    def apply(self, gradients: Sequence[Any], variables: Sequence[Any], *args: Any, **kwargs: Any) -> Any:
         """Updates the variables from the gradients of the loss."""
-        if self._is_keras_3 and self.scales:  # Keras 3 takes the scale out again itself
-            scale = self.scaled(tf.ones([]))
-            gradients = [map_values(lambda values: values * tf.cast(scale, values.dtype), g) for g in gradients]
-        return self.optimizer.apply_gradients(list(zip(gradients, variables, strict=True)))
+        if self._takes_scaled and self.scales:
+            gradients = [map_values(lambda values: values * self.scale(values.dtype), g) for g in gradients]
+        return self.optimizer.apply_gradients(list(zip(gradients, variables, strict=True)), *args, **kwargs)
 
     def minimize(self, loss: Callable[[], Any], variables: Sequence[Any], transform: Callable[[Any], Any]) -> None:
         """Makes one step by `minimize`, with `transform` between computing and applying the gradients.
 
-        `transform` takes and returns the gradients of the unscaled loss.
+        `transform` takes one gradient of the loss, or None, for each variable, and returns those to apply.
         """
-        optimizer = self.optimizer
+        called = False
 
         def apply_gradients(grads_and_vars: Any, *args: Any, **kwargs: Any) -> Any:
-            pairs = list(grads_and_vars)
-            gradients = [gradient for gradient, _ in pairs]
-            targets = [target for gradient, target in pairs if gradient is not None]
-            return self.apply(transform(self.true(gradients) if self._is_keras_3 else gradients), targets)
+            nonlocal called
+            called = True
+            found = {id(tf_variable(target)): gradient for gradient, target in grads_and_vars}
+            gradients = [found.get(id(tf_variable(variable))) for variable in variables]
+            targets = [v for v, gradient in zip(self.native(variables), gradients, strict=True) if gradient is not None]
+            gradients = transform(self.true(gradients) if self._takes_scaled else gradients)
+            return self.apply(gradients, targets, *args, **kwargs)
 
-        seen = _Intercepted(optimizer, apply_gradients)
-        if hasattr(optimizer, "minimize"):
-            type(optimizer).minimize(seen, loss, [tf_variable(variable) for variable in variables])
-        else:
-            minimize(seen, loss, self.native(variables))
-        if not seen.called:
+        undo = self._snapshot(variables) if hasattr(self.optimizer, "minimize") and tf.executing_eagerly() else []
+        minimize(_Intercepted(self.optimizer, apply_gradients), loss, self.native(variables))
+        if not called:
+            for variable, value in undo:
+                variable.assign(value)
             raise TypeError(
-                f"`optimizer` must call its apply_gradients in minimize for MinimizeStep, which {describe(optimizer)}"
-                " does not; use TapeStep."
+                "`optimizer` must call its apply_gradients in minimize for MinimizeStep, which"
+                f" {describe(self.optimizer)} does not; use TapeStep."
             )
+
+    def _snapshot(self, variables: Sequence[Any]) -> list[tuple[Any, tf.Tensor]]:
+        slots = getattr(self.optimizer, "variables", ())
+        found = [*variables, *tf.nest.flatten(slots() if callable(slots) else slots)]
+        return [(v, tf.identity(tf_variable(v))) for v in found if isinstance(v, (tf.Variable, keras.Variable))]
 
 
 class _Intercepted:
     """An optimizer, but for an `apply_gradients` that others see first. The optimizer is not touched."""
 
     def __init__(self, optimizer: Any, apply_gradients: Callable[..., Any]) -> None:
-        vars(self).update(_optimizer=optimizer, _apply_gradients=apply_gradients, called=False)
-
-    def apply_gradients(self, *args: Any, **kwargs: Any) -> Any:
-        vars(self)["called"] = True
-        return self._apply_gradients(*args, **kwargs)
+        vars(self).update(__optimizer=optimizer, apply_gradients=apply_gradients)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(vars(self)["_optimizer"], name)
+        optimizer = vars(self)["__optimizer"]
+        value = getattr(optimizer, name)
+        if inspect.ismethod(value) and value.__self__ is optimizer:
+            return types.MethodType(value.__func__, self)  # which may call apply_gradients in its turn
+        return value
 
     def __setattr__(self, name: str, value: Any) -> None:
-        setattr(self._optimizer, name, value)
+        setattr(vars(self)["__optimizer"], name, value)
 
     @property
-    def __class__(self) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]  # so that super() works inside the optimizer's own minimize
-        return type(vars(self)["_optimizer"])
+    def __class__(self) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]  # so that super() works inside the optimizer's own methods
+        return type(vars(self)["__optimizer"])
 
 
 def map_values(function: Callable[[Any], Any], gradient: Any) -> Any:
@@ -190,6 +217,12 @@ def map_values(function: Callable[[Any], Any], gradient: Any) -> Any:
     if isinstance(gradient, tf.IndexedSlices):
         return tf.IndexedSlices(function(gradient.values), gradient.indices, gradient.dense_shape)
     return gradient if gradient is None else function(gradient)
+
+
+def all_finite(gradients: Sequence[Any]) -> tf.Tensor:
+    """Returns whether no gradient, dense or `tf.IndexedSlices`, holds a NaN or an infinity."""
+    values = [gradient.values if isinstance(gradient, tf.IndexedSlices) else gradient for gradient in gradients]
+    return tf.reduce_all([tf.reduce_all(tf.math.is_finite(value)) for value in values])
 
 
 def _get_optimizer(optimizer: Any) -> Any:

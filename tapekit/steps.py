@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
 from tapekit._config import Configurable, Registry
 from tapekit._describe import describe, shape_and_dtype
 from tapekit._objective import Objective, tf_variable, used_variables
-from tapekit._optimizers import Updater
+from tapekit._optimizers import Updater, all_finite, map_values
 
 __all__ = ["MinimizeStep", "Problem", "Step", "TapeStep", "get"]
 
@@ -72,8 +73,8 @@ class Problem:
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch([tf_variable(variable) for variable in self.variables])
             logs = self.evaluate()
-            loss = self._updater.scaled(logs["loss"])
-        gradients = tape.gradient(loss, [tf_variable(variable) for variable in self.variables])
+        scale = self._updater.scale(logs["loss"].dtype)
+        gradients = tape.gradient(logs["loss"], [tf_variable(v) for v in self.variables], output_gradients=scale)
         self.variables = used_variables(self.variables, gradients, self._allow_unused)
         return logs, self._updater.true([gradient for gradient in gradients if gradient is not None])
 
@@ -96,6 +97,9 @@ class Problem:
             replaced = hook(list(gradients), list(self.variables))
             if replaced is not None:
                 gradients = _check_replaced(replaced, self.variables)
+        if self._hooks and self._updater.scales:  # a hook that clips must not hide an overflow from the optimizer
+            finite = all_finite(self.gradients)
+            gradients = [map_values(lambda values: tf.where(finite, values, np.nan), g) for g in gradients]
         return gradients
 
     def apply(self, gradients: Sequence[Any]) -> None:
@@ -117,8 +121,9 @@ class Problem:
         logs: dict[str, tf.Tensor] = {}
 
         def loss() -> tf.Tensor:
-            logs.update(self.evaluate())
-            return logs["loss"]
+            evaluated = self.evaluate()
+            logs.update(logs or evaluated)  # those before the update, should the optimizer evaluate more than once
+            return evaluated["loss"]
 
         def transform(gradients: list[Any]) -> list[Any]:
             self.variables = used_variables(self.variables, gradients, self._allow_unused)
@@ -138,7 +143,10 @@ def _check_replaced(replaced: Any, variables: Sequence[Any]) -> list[Any]:
     checked = []
     for position, (gradient, variable) in enumerate(zip(replaced, variables, strict=True)):
         if not isinstance(gradient, tf.IndexedSlices):
-            gradient = tf.convert_to_tensor(gradient, dtype_hint=variable.dtype)
+            try:
+                gradient = tf.convert_to_tensor(gradient, dtype_hint=variable.dtype)
+            except (TypeError, ValueError):
+                raise TypeError(f"{right}, received {describe(gradient)} as gradient {position}.") from None
         if gradient.dtype != variable.dtype or not gradient.shape.is_compatible_with(variable.shape):
             raise ValueError(
                 f"{right} of the shapes and dtypes of the variables; gradient {position} must be of"
@@ -183,11 +191,17 @@ class Step(Configurable):
     provides: frozenset[str] = frozenset({"gradients"})
 
     def build(self, variables: list[Any]) -> None:
-        """Called once before a run, outside of any graph: make or reset the strategy's own `tf.Variable`s here.
+        """Makes the strategy's own `tf.Variable`s.
+
+        Called outside of any graph, before the first step, on a copy of the strategy that serves one set
+        of variables and one objective.
 
         Args:
             variables: the variables that are minimized over.
         """
+
+    def reset(self) -> None:
+        """Gives the strategy's own variables their initial values; called when a run begins, after `build`."""
 
     def take(self, problem: Problem) -> dict[str, Any]:
         """Makes one step, in TensorFlow ops that run eagerly, in a graph or under XLA.
