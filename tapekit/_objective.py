@@ -25,7 +25,7 @@ class Objective:
         if required := required_arguments(function):
             raise TypeError(f"{right}, received {describe(function)} that needs {', '.join(required)}.")
         self.function = function
-        self._call = function
+        self._branches = False
 
     def __call__(self) -> tuple[tf.Tensor, dict[str, tf.Tensor]]:
         """Evaluates the function, through AutoGraph if it branches on tensors inside a graph."""
@@ -36,11 +36,11 @@ class Objective:
         return _check_loss(value), {name: _check_extra(name, extra) for name, extra in extras.items()}
 
     def _evaluate(self) -> Any:
-        if self._call is self.function:
+        if not self._branches:
             with contextlib.suppress(tf.errors.OperatorNotAllowedInGraphError):
                 return self.function()
-            self._call = _with_autograph(self.function)
-        return self._call()
+            self._branches = True
+        return _with_autograph(self.function)
 
 
 def required_arguments(function: Callable[..., Any]) -> list[str]:
@@ -53,19 +53,14 @@ def required_arguments(function: Callable[..., Any]) -> list[str]:
     return [p.name for p in parameters if p.default is p.empty and p.kind not in optional]
 
 
-def _with_autograph(function: Callable[[], Any]) -> Callable[[], Any]:
-    converted = tf.function(function)
-
-    def call() -> Any:
-        try:
-            return converted()
-        except Exception as error:
-            users = error.__context__
-            if users is not None and hasattr(users, "ag_error_metadata"):  # `error` is what AutoGraph made of it
-                raise users from error
-            raise
-
-    return call
+def _with_autograph(function: Callable[[], Any]) -> Any:
+    try:
+        return tf.function(function)()  # anew for every trace, as XLA wants another graph of a branch
+    except Exception as error:
+        users = error.__context__
+        if users is not None and hasattr(users, "ag_error_metadata"):  # `error` is what AutoGraph made of it
+            raise users from error
+        raise
 
 
 def _check_loss(value: Any) -> tf.Tensor:
