@@ -131,9 +131,7 @@ class FunctionCallback(Callback):
     def __init__(self, function: Callable[[int, dict[str, Any]], Any], every: int = 1, replayable: bool = False):
         super().__init__()
         if not _takes_step_and_logs(function):
-            raise TypeError(
-                f"`function`, a callback, must be callable as f(step, logs), received {describe(function)} that is not."
-            )
+            raise TypeError(f"`function` must be callable as f(step, logs), received {describe(function)}.")
         self.function = function
         self.every = check_integer(every, "every", 1)
         self.replayable = replayable
@@ -263,14 +261,14 @@ def get(identifier: Any) -> keras.callbacks.Callback:
         >>> tk.callbacks.get({"class_name": "IterationTable", "config": {"every": 10}}).every
         10
     """
-    if callable(identifier) and not isinstance(identifier, (type, keras.callbacks.Callback)):
-        return FunctionCallback(identifier)
-    if not isinstance(identifier, (type, str, dict, keras.callbacks.Callback)):
+    if isinstance(identifier, (type, str, dict, keras.callbacks.Callback)):
+        return _registry.get(identifier)
+    if not _takes_step_and_logs(identifier):
         raise TypeError(
             "`callbacks` must be callbacks, their names or configurations, or functions f(step, logs),"
             f" received {describe(identifier)}."
         )
-    return _registry.get(identifier)
+    return FunctionCallback(identifier)
 
 
 # These read their arguments alone, so they can be called after a chunk of steps.
