@@ -65,7 +65,7 @@ def minimize(optimizer: Any, loss: Any, var_list: Any, tape: tf.GradientTape | N
     scale_loss = getattr(optimizer, "scale_loss", tf.identity)
     scale = tf.cast(scale_loss(tf.ones_like(loss)), loss.dtype)
     gradients = tape.gradient(loss, [tf_variable(v) for v in variables], output_gradients=scale)
-    return optimizer.apply_gradients(list(zip(gradients, map(keras_variable, variables), strict=True)))
+    return optimizer.apply_gradients(list(zip(gradients, _native(optimizer, variables), strict=True)))
 
 
 def _flat(var_list: Any) -> list[Any]:
@@ -75,6 +75,14 @@ def _flat(var_list: Any) -> list[Any]:
         received = describe(strange[0] if strange else var_list)
         raise TypeError(f"`var_list` must hold tf.Variable or keras.Variable, at least one, received {received}.")
     return variables
+
+
+def _native(optimizer: Any, variables: Sequence[Any]) -> list[Any]:
+    """Returns the variables as an optimizer wants them: some of Keras 3 read attributes that `tf.Variable` has not."""
+    if not isinstance(optimizer, keras.optimizers.Optimizer):
+        return [tf_variable(variable) for variable in variables]
+    with tf.init_scope():  # in a graph a view would be a copy
+        return [keras_variable(variable) for variable in variables]
 
 
 def _tf_variables(var_list: Any) -> list[tf.Variable]:
@@ -90,16 +98,12 @@ class Updater:
 
     def __init__(self, optimizer: Any) -> None:
         self.optimizer = _get_optimizer(optimizer)
-        self._is_keras_3 = isinstance(self.optimizer, keras.optimizers.Optimizer)
-        self._views: dict[int, tuple[Any, keras.Variable]] = {}
+        self._views: dict[int, tuple[Any, Any]] = {}
 
     def native(self, variables: Sequence[Any]) -> list[Any]:
-        """Returns the variables as this optimizer wants them."""
-        if not self._is_keras_3:
-            return [tf_variable(variable) for variable in variables]
-        for variable in variables:
-            if id(variable) not in self._views:
-                self._views[id(variable)] = variable, keras_variable(variable)
+        """Returns the variables as this optimizer wants them, the same ones at every step."""
+        fresh = [variable for variable in variables if id(variable) not in self._views]
+        self._views |= {id(v): (v, view) for v, view in zip(fresh, _native(self.optimizer, fresh), strict=True)}
         return [self._views[id(variable)][1] for variable in variables]
 
     def check(self, variables: Sequence[Any]) -> None:
@@ -110,19 +114,17 @@ class Updater:
             unknown = [variable_name(v) for v in variables if index and optimizer._var_key(tf_variable(v)) not in index]
             if unknown:
                 raise ValueError(
-                    "`optimizer` must be new or built on the variables that are minimized over, received a"
-                    f" {type(optimizer).__name__} built on others, without {', '.join(unknown)}."
+                    "`optimizer` must be new or built on the variables that are minimized over, received"
+                    f" {describe(optimizer)} built on others, without {', '.join(unknown)}."
                 )
             optimizer = getattr(optimizer, "inner_optimizer", None)
 
     def build(self, variables: Sequence[Any]) -> None:
         """Makes the slot variables, outside of any graph that is being traced."""
         with tf.init_scope():
-            if self._is_keras_3:
-                if not self.optimizer.built:
+            if hasattr(self.optimizer, "build"):
+                if not getattr(self.optimizer, "built", False):
                     self.optimizer.build(list(variables))
-            elif hasattr(self.optimizer, "build"):
-                self.optimizer.build(list(variables))
             elif hasattr(self.optimizer, "_create_all_weights"):  # the legacy optimizers of tf_keras
                 self.optimizer._create_all_weights(list(variables))
 
