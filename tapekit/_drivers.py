@@ -97,7 +97,11 @@ class StepBody:
         """Makes one step and returns the next state, the row to record and the criteria that fired."""
         problem = Problem(self.objective, self.updater, self.variables, self._hooks, self.allow_unused)
         before = [tf.identity(tf_variable(v)) for v in self.variables] if "variables_change" in self.needs else []
-        row = dict(self.step.take(problem))
+        row = {name: tf.convert_to_tensor(value) for name, value in self.step.take(problem).items()}
+        if "loss" not in row:
+            raise ValueError(
+                f'`take` of {type(self.step).__name__} must return logs with "loss", received {list(row)}.'
+            )
         step = state.step + 1
         evaluations = state.evaluations + tf.cast(row.pop("evaluations", problem.evaluations), tf.int64)
 
@@ -116,6 +120,11 @@ class StepBody:
         updated, fired = [], tf.constant(0)
         for position, (criterion, state) in enumerate(zip(self.criteria, states, strict=True)):
             new, stop = criterion.update(state, logs)
+            if len(tree.flatten(new)) != len(tree.flatten(state)):
+                raise ValueError(
+                    f"`update` of {type(criterion).__name__} must return a state of the structure of {state!r}, which"
+                    f" its `init` gives, received {new!r}."
+                )
             updated.append(tree.map_structure(lambda old, value: tf.cast(value, old.dtype), state, new))
             fired += tf.where(stop, 1 << position, 0)
         return updated, fired
@@ -203,6 +212,7 @@ class Driver:
     def __init__(self, body: StepBody, longest: int) -> None:
         self.body = body
         self.traces = 0
+        self.kept_alive: Any = None
         self._longest = longest
         self._pace = Pace()
 

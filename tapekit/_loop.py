@@ -23,6 +23,7 @@ from tapekit._result import OptimizationResult, StopReason
 from tapekit._run import Run
 
 _REMEMBERED_PROGRAMS = 8
+_RUNNING = "this loop is running already; make another OptimizationLoop for a run inside a run."
 _MOST_CRITERIA = 31  # a bit each of a 32-bit integer
 
 
@@ -139,10 +140,10 @@ class OptimizationLoop(_callbacks.Hooks, Configurable):
             (2,)
         """
         run = self._prepare(loss, variables, callbacks, steps_per_epoch, allow_unused, live=False)
-        for _ in self._run(run):
-            pass
-        assert self.result is not None
-        return self.result
+        with self._running(run):
+            while run.explanation is None:
+                self._advance(run)
+        return run.result
 
     def steps(
         self,
@@ -182,7 +183,13 @@ class OptimizationLoop(_callbacks.Hooks, Configurable):
             >>> loop.result.steps, loop.result.message
             (3, 'stopped at step 3: the caller left the loop')
         """
-        return self._run(self._prepare(loss, variables, callbacks, steps_per_epoch, allow_unused, live=True))
+        return self._iterate(self._prepare(loss, variables, callbacks, steps_per_epoch, allow_unused, live=True))
+
+    def _iterate(self, run: Run) -> Iterator[tuple[int, dict[str, Any]]]:
+        with self._running(run):
+            while run.explanation is None:
+                self._advance(run)
+                yield run.step, run.logs
 
     def stop(self, reason: str = "a hook asked for it") -> None:
         """Ends the run, from any hook; one that is live stops it at that very step.
@@ -204,36 +211,26 @@ class OptimizationLoop(_callbacks.Hooks, Configurable):
             raise RuntimeError("stop must be called from a hook of a running loop; this loop is not running.")
         self._stop_message = str(reason)
 
-    def _run(self, run: Run) -> Iterator[tuple[int, dict[str, Any]]]:
-        """The loop. Whichever way it is left, `result` is set and everyone hears of the end."""
-        with self._claimed(), self._concluded(run):
-            run.begin(self)
-            while run.explanation is None:
-                limit = run.steps_to_next_edge()
-                run.dispatch.before(run.step + 1)
-                chunk = run.advance(limit)
-                run.dispatch.after(run.step - chunk.taken + 1, chunk.taken, chunk.columns)
-                if chunk.fired:
-                    run.explain(chunk.fired)
-                elif self._stop_message is not None or run.model_stopped:
-                    run.stopped(self._stop_message or "a callback set model.stop_training")
-                if run.live:
-                    yield run.step, run.logs
+    def _advance(self, run: Run) -> None:
+        """Takes the steps up to the next one at which somebody needs the host."""
+        limit = run.steps_to_next_edge()
+        run.dispatch.before(run.step + 1)
+        chunk = run.advance(limit)
+        run.dispatch.after(run.step - chunk.taken + 1, chunk.taken, chunk.columns)
+        if chunk.fired:
+            run.explain(chunk.fired)
+        elif self._stop_message is not None or run.model_stopped:
+            run.stopped(self._stop_message or "a callback set model.stop_training")
 
     @contextlib.contextmanager
-    def _claimed(self) -> Iterator[None]:
+    def _running(self, run: Run) -> Iterator[None]:
+        """Begins and ends a run. Whichever way it is left, everyone hears of the end and `result` is set."""
         if not self._lock.acquire(blocking=False):
-            raise RuntimeError("this loop is running already; make another OptimizationLoop for a run inside a run.")
+            raise RuntimeError(_RUNNING)
         try:
             self._stop_message = None
             self.result = None
-            yield
-        finally:
-            self._lock.release()
-
-    @contextlib.contextmanager
-    def _concluded(self, run: Run) -> Iterator[None]:
-        try:
+            run.begin(self)
             yield
             run.end()
         except GeneratorExit:
@@ -248,13 +245,14 @@ class OptimizationLoop(_callbacks.Hooks, Configurable):
             run.fail(error)
             raise
         finally:
-            self.result = run.result()
+            self.result = run.conclude()
+            self._lock.release()
 
     def _prepare(self, loss, variables, callbacks, steps_per_epoch, allow_unused, live) -> Run:
         if not tf.executing_eagerly():
             raise RuntimeError("a loop must be run from Python, outside of any tf.function, which it compiles itself.")
         if self._lock.locked():
-            raise RuntimeError("this loop is running already; make another OptimizationLoop for a run inside a run.")
+            raise RuntimeError(_RUNNING)
         objective = Objective(loss)
         given = None if variables is None else check_variables(variables)
         extra = _callback_list(callbacks)
@@ -268,11 +266,11 @@ class OptimizationLoop(_callbacks.Hooks, Configurable):
             )
         driver = self._program(objective, given, dispatch, allow_unused)
         limits = [part.n for part in self._criteria if isinstance(part, _stopping.MaxIterations)]
-        driver.prepare(1 if live else dispatch.steps_to_edge(0, at_most=min(limits, default=1 << 62)))
-        if given is None:
-            given = variables = list(driver.body.variables)
-        structure = [variables] if isinstance(variables, (tf.Variable, keras.Variable)) else variables
-        return Run(driver, dispatch, [*self.callbacks, *extra], structure, steps_per_epoch, live)
+        period = 1 if live else dispatch.steps_to_edge(0, at_most=min(limits, default=1 << 62))
+        structure = list(driver.body.variables) if variables is None else variables
+        if isinstance(structure, (tf.Variable, keras.Variable)):
+            structure = [structure]
+        return Run(driver, dispatch, [*self.callbacks, *extra], structure, steps_per_epoch, period, live)
 
     def _program(self, objective: Objective, variables: list[Any] | None, dispatch: Any, allow_unused: bool) -> Driver:
         """Returns the driver for an objective, the same one for the same question."""
@@ -292,6 +290,7 @@ class OptimizationLoop(_callbacks.Hooks, Configurable):
             )
             longest = 1 << 62 if self.steps_per_execution == "auto" else int(self.steps_per_execution)
             driver = make_driver(body, self.run_eagerly, self.jit_compile, longest)
+            driver.kept_alive = variables, functions  # so that their ids in the key stay theirs
             while len(self._programs) >= _REMEMBERED_PROGRAMS:
                 self._programs.pop(next(iter(self._programs)))
             self._programs[key] = driver

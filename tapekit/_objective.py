@@ -105,7 +105,8 @@ def keras_variable(variable: Any) -> keras.Variable:
     if isinstance(variable, keras.Variable):
         return variable
     name = variable_name(variable).replace("/", "_")
-    view = keras.Variable(variable, dtype=variable.dtype.name, trainable=variable.trainable, name=name)
+    view = keras.Variable("zeros", variable.shape, variable.dtype.name, trainable=variable.trainable, name=name)
+    view._value = variable  # older Keras copies a variable that it is given as a value
     view.constraint = variable.constraint
     return view
 

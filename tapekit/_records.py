@@ -38,9 +38,10 @@ class _Column:
         self._filled = 0
 
     def extend(self, values: np.ndarray, count: int) -> None:
-        if count > len(self._tail) - self._filled:
+        large = count > len(self._tail) // 2
+        if large or count > len(self._tail) - self._filled:
             self._flush()
-        if count > len(self._tail) // 2:
+        if large:
             block = values[:count]
             self._blocks.append(block if 4 * count > 3 * len(values) else block.copy())
         else:

@@ -25,6 +25,7 @@ class Run:
         callbacks: those that are told of the loop and the model.
         structure: the variables as the caller gave them.
         steps_per_epoch: the number of steps of an epoch.
+        period: after how many steps somebody needs the host at the latest.
         live: whether the caller sees every step, so that no chunk may be longer.
     """
 
@@ -35,6 +36,7 @@ class Run:
         callbacks: list[Any],
         structure: Any,
         steps_per_epoch: int,
+        period: int,
         live: bool,
     ) -> None:
         self.dispatch = dispatch
@@ -45,6 +47,7 @@ class Run:
         self._callbacks = callbacks
         self._structure = structure
         self._steps_per_epoch = steps_per_epoch
+        self._period = period
         self._records = Records()
         self._state = driver.begin()
         self._last: Advance | None = None
@@ -52,9 +55,11 @@ class Run:
         self._closed = False
         self._model: Any = None
         self._started = time.perf_counter()
+        self._result: OptimizationResult | None = None
 
     def begin(self, loop: Any) -> None:
-        """Tells the callbacks of the loop and of a model that owns the variables, and calls `on_train_begin`."""
+        """Tells the callbacks of the loop and of a model that owns the variables, and gets everyone ready."""
+        self._started = time.perf_counter()
         if self._callbacks:
             variables = [keras_variable(variable) for variable in tree.flatten(self._structure)]
             self._model = VariablesModel(variables, loop.optimizer)
@@ -65,6 +70,7 @@ class Run:
             callback.set_model(self._model)
         self._driver.body.step.reset()
         self.dispatch.train("on_train_begin")
+        self._driver.prepare(self._period)
 
     def steps_to_next_edge(self) -> int:
         """Returns how many steps may be taken before somebody needs the host."""
@@ -101,12 +107,18 @@ class Run:
         """Notes that a hook or the caller has ended the run, unless it has ended already."""
         self.explanation = self.explanation or (StopReason.STOPPED, f"stopped at step {self.step}: {why}")
 
+    @property
     def result(self) -> OptimizationResult:
-        """Returns everything that is known now."""
+        """What `conclude` has returned."""
+        assert self._result is not None
+        return self._result
+
+    def conclude(self) -> OptimizationResult:
+        """Makes the result from everything that is known now."""
         assert self.explanation is not None
         reason, message = self.explanation
         loss = self.logs.get("loss", float("nan")) if self._loss is None else self._loss
-        return OptimizationResult(
+        self._result = OptimizationResult(
             loss=loss,
             variables=tree.map_structure(lambda v: np.asarray(tf_variable(v).numpy()), self._structure),
             steps=self.step,
@@ -116,6 +128,7 @@ class Run:
             message=message,
             history=self._records.arrays(),
         )
+        return self._result
 
     def end(self) -> None:
         """Ends an epoch that was cut short, calls `on_train_end`, and evaluates the loss of the result."""

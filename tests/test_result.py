@@ -53,7 +53,8 @@ def test_a_person_can_read_it():
     assert lines[0].startswith("LossChangeBelow: the loss changed by ")
     assert "converged: a convergence criterion was met" in lines[1]
     assert f"{result.steps}, with {result.steps + 1} evaluations" in str(result)
-    assert repr(result).startswith("OptimizationResult(loss=") and "\n" not in repr(result)
+    assert repr(result).startswith("OptimizationResult(loss=")
+    assert "\n" not in repr(result)
 
 
 def test_a_run_that_nothing_would_end_is_refused():
