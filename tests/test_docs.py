@@ -83,13 +83,13 @@ def test_readme_gives_commands_of_one_line_that_need_no_more_than_python_and_pip
         assert command.endswith(end)
 
 
-def test_readme_names_the_lower_bounds_that_the_package_asks_for():
+@pytest.mark.parametrize("page", ["README.md", "docs/index.md"])
+def test_page_names_the_lower_bounds_that_the_package_asks_for(page):
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg", encoding="utf-8")
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    tested = dict(re.findall(r"(TensorFlow|Keras|NumPy|Python) ([\d.]+) to [\d.]+", readme))
     asked = dict(line.split(">=") for line in setup["options"]["install_requires"].split())
-    assert {name.lower(): version for name, version in tested.items()} == {
-        **asked,
-        "python": setup["options"]["python_requires"].removeprefix(">="),
-    }
+    asked["python"] = setup["options"]["python_requires"].removeprefix(">=")
+
+    text = (ROOT / page).read_text(encoding="utf-8")
+    named = re.findall(r"(TensorFlow|Keras|NumPy|Python) ([\d.]+) (?:to|or newer)", text)
+    assert {name.lower(): version for name, version in named} == asked
