@@ -105,7 +105,8 @@ def _deserialize(value: Any) -> Any:
     if "module" not in value and not str(value["class_name"]).startswith("__"):
         return value  # written by hand: the `get` of its kind knows it
     _registered(value.get("registered_name"), value.get("module"))
-    return keras.saving.deserialize_keras_object(value)
+    structure = keras.tree.map_structure(lambda leaf: leaf, value)  # a copy, since some Keras classes empty theirs
+    return keras.saving.deserialize_keras_object(structure)
 
 
 _groups: list[str] = []
