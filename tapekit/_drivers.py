@@ -87,7 +87,7 @@ class StepBody:
         self.criteria = criteria
         self.needs = frozenset().union(*(criterion.needs for criterion in criteria))
         self.allow_unused = allow_unused
-        self._measures = {name: (call, bool(inspect.signature(call).parameters)) for name, call in measures.items()}
+        self._measures = {name: (call, bool(required_arguments(call))) for name, call in measures.items()}
         self._hooks = hooks
         start = State(0, 0, [criterion.init() for criterion in criteria])
         self.initial: State = tree.map_structure(np.asarray, start)
@@ -153,6 +153,13 @@ class StepBody:
                 )
             measured[name] = value
         return measured
+
+
+def required_arguments(function: Callable[..., Any]) -> list[str]:
+    """Returns the names of the positional arguments that a function cannot do without."""
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    parameters = inspect.signature(function).parameters.values()
+    return [item.name for item in parameters if item.kind in positional and item.default is item.empty]
 
 
 def _all_finite(gradients: Sequence[Any]) -> Any:

@@ -16,7 +16,7 @@ from tapekit import steps as _steps
 from tapekit import stopping as _stopping
 from tapekit._config import Configurable
 from tapekit._describe import check_integer, check_real, describe
-from tapekit._drivers import Driver, StepBody, make_driver
+from tapekit._drivers import Driver, StepBody, make_driver, required_arguments
 from tapekit._objective import Objective, check_variables
 from tapekit._optimizers import Updater
 from tapekit._result import OptimizationResult, StopReason
@@ -319,7 +319,7 @@ class OptimizationLoop(_callbacks.Hooks, Configurable):
         parts = [part for criterion in self._criteria for part in criterion.parts()]
         wanting = [type(part).__name__ for part in parts if {"gradient_norm", "gradient_norm_inf"} & part.needs]
         wanting += [type(o).__name__ for o in (self, *callbacks) if _callbacks.overridden(o, "on_gradient")]
-        wanting += [f"measure {name!r}" for name, call in self.measures.items() if inspect.signature(call).parameters]
+        wanting += [f"measure {name!r}" for name, call in self.measures.items() if required_arguments(call)]
         if wanting:
             raise ValueError(
                 f"`step` must provide gradients for {', '.join(wanting)}, received {type(self.step).__name__},"
@@ -346,6 +346,6 @@ def _check_measures(measures: Any) -> dict[str, Callable[..., Any]]:
     for name, function in measures.items():
         if not isinstance(name, str) or not callable(function):
             raise TypeError(f"{right}, received {describe(function)} under {name!r}.")
-        if len(inspect.signature(function).parameters) > 1:
+        if len(required_arguments(function)) > 1:
             raise TypeError(f"{right}, received under {name!r} one of {inspect.signature(function)}.")
     return dict(measures)

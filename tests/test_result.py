@@ -88,3 +88,17 @@ def test_a_second_run_goes_on_from_where_the_variables_are_and_resets_the_criter
     first, second = loop.minimize(loss, [x]), loop.minimize(loss, [x])
     assert (first.steps, second.steps) == (10, 10)
     assert second.history["loss"][0] == pytest.approx(first.loss)
+
+
+def test_a_measure_takes_the_gradients_if_it_has_an_argument_without_a_default():
+    x = tf.Variable([3.0, 4.0])
+    measures = {
+        "x": lambda v=x: v,
+        "gradient": lambda gradients: gradients[0],
+        "norm": tf.linalg.global_norm,
+    }
+    loop = tk.OptimizationLoop(keras.optimizers.SGD(0.5), max_iterations=1, measures=measures)
+    history = loop.minimize(lambda: tf.reduce_sum(x**2) / 2.0, [x]).history
+    np.testing.assert_allclose(history["x"], [[1.5, 2.0]])
+    np.testing.assert_allclose(history["gradient"], [[3.0, 4.0]])
+    np.testing.assert_allclose(history["norm"], [5.0])
