@@ -32,7 +32,7 @@ def minimize(optimizer: Any, loss: Any, var_list: Any, tape: tf.GradientTape | N
 
     Raises:
         ValueError: `loss` is a tensor and `tape` is None.
-        TypeError: the optimizer has neither `apply_gradients` nor `minimize`.
+        TypeError: an argument is of the wrong kind, or `var_list` holds no variable.
 
     Example:
         >>> import keras, tapekit as tk, tensorflow as tf
@@ -41,8 +41,14 @@ def minimize(optimizer: Any, loss: Any, var_list: Any, tape: tf.GradientTape | N
         >>> int(iterations), float(x)
         (1, 2.0)
     """
+    if inspect.isclass(optimizer) or not (hasattr(optimizer, "apply_gradients") or hasattr(optimizer, "minimize")):
+        raise TypeError(
+            f"`optimizer` must be an object with apply_gradients or minimize, received {describe(optimizer)}."
+        )
     if not callable(loss) and tape is None:
         raise ValueError(f"`tape` must be the tape under which the loss {describe(loss)} was computed, received None.")
+    if callable(var_list) and not callable(loss):
+        var_list = var_list()
     own = getattr(optimizer, "minimize", None)
     if own is not None:
         targets = (lambda: _tf_variables(var_list())) if callable(var_list) else _tf_variables(var_list)
@@ -50,8 +56,6 @@ def minimize(optimizer: Any, loss: Any, var_list: Any, tape: tf.GradientTape | N
         if "var_list" in inspect.signature(own).parameters:  # which is the third one in tf.compat.v1
             return own(loss, var_list=targets, **more)
         return own(loss, targets, **more)
-    if not hasattr(optimizer, "apply_gradients"):
-        raise TypeError(f"`optimizer` must have apply_gradients or minimize, received {describe(optimizer)}.")
     tape = tape or tf.GradientTape()
     if callable(loss):
         with tape:
