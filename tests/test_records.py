@@ -43,6 +43,7 @@ def record(chunks):
 
 
 CHUNKS = {
+    "none": [(0, 7)],
     "none of the rows of a chunk": [(0, 7), (3, 7)],
     "ones": [(1, 1)] * 300,
     "ones with room for more": [(1, 256)] * 300,
