@@ -81,7 +81,10 @@ class Criterion(Configurable):
         raise NotImplementedError
 
     def message(self, state: Any, logs: Logs) -> str:
-        """Returns why the run stopped, from the final state and logs as Python numbers."""
+        """Returns why the run stopped, from the final state and logs as Python numbers.
+
+        The logs are those that are recorded; what `update` needs beyond these, it keeps in the state.
+        """
         return f"its rule was met at step {logs['step']}"
 
     def explain(self, state: Any, logs: Logs) -> tuple[StopReason, str]:
@@ -337,6 +340,9 @@ class GradientNormBelow(Criterion):
 @dataclasses.dataclass(frozen=True, eq=False)
 class VariablesChangeBelow(Criterion):
     """Stops when the variables hardly move: max abs(x_t - x_(t-1)) <= atol + rtol * max abs(x_t).
+
+    A step that the optimizer only accumulates, or skips under loss scaling, moves nothing: with those, ask
+    for several steps by `for_steps`.
 
     Args:
         atol: absolute tolerance, in units of the variables, at least 0.
