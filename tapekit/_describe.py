@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import math
 import numbers
+from collections.abc import Iterable
 from typing import Any
 
 import keras
@@ -48,13 +50,25 @@ def variable_name(variable: Any) -> str:
     return variable.name.split(":")[0]
 
 
+def unique_names(variables: Iterable[Any]) -> list[str]:
+    """Returns the names of variables; one that comes again is told apart by a number, as in "w", "w_1"."""
+    names: list[str] = []
+    for variable in variables:
+        name = variable_name(variable)
+        candidates = itertools.chain([name], (f"{name}_{number}" for number in itertools.count(1)))
+        names.append(next(candidate for candidate in candidates if candidate not in names))
+    return names
+
+
 def check_integer(value: Any, name: str, minimum: int) -> int:
     """Returns `value` as an int, or raises unless it is an integer of at least `minimum`."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"`{name}` must be an integer of at least {minimum}, received {describe(value)}.")
-    if value < minimum:
-        raise ValueError(f"`{name}` must be an integer of at least {minimum}, received {value}.")
-    return int(value)
+    integer = int(value)
+    if not minimum <= integer < 1 << 63:
+        bound = f"of at least {minimum}" if integer < minimum else "below 2**63"
+        raise ValueError(f"`{name}` must be an integer {bound}, received {integer}.")
+    return integer
 
 
 def check_real(value: Any, name: str, minimum: float = -math.inf) -> float:

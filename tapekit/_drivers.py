@@ -16,7 +16,7 @@ from keras import tree
 
 from tapekit._describe import shape_and_dtype
 from tapekit._objective import Objective, read_variables, tf_variable, used_variables
-from tapekit._optimizers import Updater
+from tapekit._optimizers import Updater, all_finite
 from tapekit.steps import Problem, Step
 from tapekit.stopping import Criterion
 
@@ -133,7 +133,7 @@ class StepBody:
         needs, logs = self.needs, {}
         if "gradients_finite" in needs:
             check = gradients if gradients and not self.updater.scales else []
-            logs["gradients_finite"] = _all_finite(check)
+            logs["gradients_finite"] = all_finite(check)
         if "gradient_norm" in needs:
             squares = [tf.reduce_sum(tf.square(tf.cast(_dense(g), tf.float64))) for g in gradients or ()]
             logs["gradient_norm"] = tf.sqrt(tf.add_n(squares))
@@ -162,20 +162,16 @@ def required_arguments(function: Callable[..., Any]) -> list[str]:
     return [item.name for item in parameters if item.kind in positional and item.default is item.empty]
 
 
-def _all_finite(gradients: Sequence[Any]) -> Any:
-    finite = tf.constant(True)
-    for gradient in gradients:
-        values = gradient.values if isinstance(gradient, tf.IndexedSlices) else gradient
-        finite &= tf.reduce_all(tf.math.is_finite(values))
-    return finite
-
-
 def _dense(gradient: Any) -> Any:
     return tf.convert_to_tensor(gradient)  # sums the rows that tf.IndexedSlices name more than once
 
 
 def _largest(tensors: Any) -> Any:
-    return tf.reduce_max([tf.cast(tf.reduce_max(tf.abs(tensor)), tf.float64) for tensor in tensors])
+    """Returns the largest absolute entry of all; NaN if there is one, which the maximum of XLA passes over."""
+    tensors = list(tensors)
+    largest = tf.reduce_max([tf.cast(tf.reduce_max(tf.abs(tensor)), tf.float64) for tensor in tensors])
+    has_nan = tf.reduce_any([tf.reduce_any(tf.math.is_nan(tensor)) for tensor in tensors])
+    return tf.where(has_nan, tf.constant(np.nan, tf.float64), largest)
 
 
 def _movement(before: Sequence[Any], variables: Sequence[Any]) -> dict[str, Any]:

@@ -227,8 +227,11 @@ def map_values(function: Callable[[Any], Any], gradient: Any) -> Any:
 
 def all_finite(gradients: Sequence[Any]) -> tf.Tensor:
     """Returns whether no gradient, dense or `tf.IndexedSlices`, holds a NaN or an infinity."""
-    values = [gradient.values if isinstance(gradient, tf.IndexedSlices) else gradient for gradient in gradients]
-    return tf.reduce_all([tf.reduce_all(tf.math.is_finite(value)) for value in values])
+    finite = tf.constant(True)
+    for gradient in gradients:
+        values = gradient.values if isinstance(gradient, tf.IndexedSlices) else gradient
+        finite &= tf.reduce_all(tf.math.is_finite(values))
+    return finite
 
 
 def _get_optimizer(optimizer: Any) -> Any:

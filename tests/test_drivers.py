@@ -317,3 +317,21 @@ def test_history_is_float_arrays_of_eight_bytes_a_scalar_and_step():
         "x": (8_000_000, np.dtype("float64")),
     }
     assert np.all(np.diff(history["x"]) > 0)
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_variables_that_become_nan_do_not_count_as_unmoved(driver):
+    class Spoil(tk.Callback):
+        def on_gradient(self, gradients, variables):
+            return [gradients[0] * tf.constant([np.nan, 1.0], tf.float64)]
+
+    x = tf.Variable([1.0, 1e-9], dtype=tf.float64)
+    loop = tk.OptimizationLoop(
+        "sgd",
+        stopping=tk.stopping.VariablesChangeBelow(1e-6) | tk.stopping.GradientNormBelow(1e-12, ord="inf"),
+        max_iterations=10,
+        **DRIVERS[driver],
+    )
+    result = loop.minimize(lambda: tf.reduce_sum(x**2), [x], callbacks=[Spoil()])
+    assert result.reason is tk.StopReason.NOT_FINITE
+    assert result.message == "NonFinite: the loss is nan at step 2"
