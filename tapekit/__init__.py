@@ -23,6 +23,7 @@ from tapekit import callbacks, steps, stopping
 from tapekit._loop import OptimizationLoop
 from tapekit._optimizers import minimize
 from tapekit._result import OptimizationResult, StopReason
+from tapekit._tape import PersistentTape, TapeReleasedError, intermediate
 from tapekit._version import __version__ as __version__
 from tapekit.callbacks import Callback
 from tapekit.steps import MinimizeStep, Problem, Step, TapeStep
@@ -32,11 +33,14 @@ __all__ = [
     "MinimizeStep",
     "OptimizationLoop",
     "OptimizationResult",
+    "PersistentTape",
     "Problem",
     "Step",
     "StopReason",
+    "TapeReleasedError",
     "TapeStep",
     "callbacks",
+    "intermediate",
     "minimize",
     "steps",
     "stopping",

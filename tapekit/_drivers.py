@@ -7,14 +7,14 @@ import functools
 import inspect
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
 from keras import tree
 
-from tapekit._describe import shape_and_dtype
+from tapekit._describe import describe, shape_and_dtype
 from tapekit._objective import Objective, read_variables, tf_variable, used_variables
 from tapekit._optimizers import Updater, all_finite
 from tapekit.steps import Problem, Step
@@ -87,7 +87,7 @@ class StepBody:
         self.criteria = criteria
         self.needs = frozenset().union(*(criterion.needs for criterion in criteria))
         self.allow_unused = allow_unused
-        self._measures = {name: (call, bool(required_arguments(call))) for name, call in measures.items()}
+        self._measures = {name: (call, required_arguments(call)) for name, call in measures.items()}
         self._hooks = hooks
         start = State(0, 0, [criterion.init() for criterion in criteria])
         self.initial: State = tree.map_structure(np.asarray, start)
@@ -97,11 +97,11 @@ class StepBody:
         """Makes one step and returns the next state, the row to record and the criteria that fired."""
         problem = Problem(self.objective, self.updater, self.variables, self._hooks, self.allow_unused)
         before = [tf.identity(tf_variable(v)) for v in self.variables] if "variables_change" in self.needs else []
-        row = {name: tf.convert_to_tensor(value) for name, value in self.step.take(problem).items()}
-        if "loss" not in row:
-            raise ValueError(
-                f'`take` of {type(self.step).__name__} must return logs with "loss", received {list(row)}.'
-            )
+        taken = self.step.take(problem)
+        if not isinstance(taken, Mapping) or "loss" not in taken:
+            received = list(taken) if isinstance(taken, Mapping) else describe(taken)
+            raise ValueError(f'`take` of {type(self.step).__name__} must return logs with "loss", received {received}.')
+        row = {name: tf.convert_to_tensor(tf_variable(value)) for name, value in taken.items()}
         step = state.step + 1
         evaluations = state.evaluations + tf.cast(row.pop("evaluations", problem.evaluations), tf.int64)
 
@@ -110,7 +110,13 @@ class StepBody:
         if before:
             known |= _movement(before, self.variables)
         row |= {name: known[name] for name in _RECORDED if name in known}
-        row |= self._measured(row, problem.gradients)
+        for name, gradient in problem.intermediates.items():
+            row[f"gradient_norm/{name}"] = _norm(tree.flatten(gradient))
+        for name, value in problem.recorded.items():
+            self._add(row, "record", name, value)
+        for name, (call, arguments) in self._measures.items():
+            offered = {"intermediates": problem.intermediates}
+            self._add(row, "measures", name, call(*(offered.get(key, problem.gradients) for key in arguments)))
         logs = {name: _criterion_scalar(value) for name, value in row.items() if value.shape.rank == 0}
         criteria, fired = self._judge(state.criteria, {**logs, **known})
         return State(step, evaluations, criteria), row, fired
@@ -135,24 +141,19 @@ class StepBody:
             check = gradients if gradients and not self.updater.scales else []
             logs["gradients_finite"] = all_finite(check)
         if "gradient_norm" in needs:
-            squares = [tf.reduce_sum(tf.square(tf.cast(_dense(g), tf.float64))) for g in gradients or ()]
-            logs["gradient_norm"] = tf.sqrt(tf.add_n(squares))
+            logs["gradient_norm"] = _norm(gradients or ())
         if "gradient_norm_inf" in needs:
             logs["gradient_norm_inf"] = _largest(_dense(g) for g in gradients or ())
         return logs
 
-    def _measured(self, row: Mapping[str, Any], gradients: list[Any] | None) -> dict[str, Any]:
-        measured = {}
-        for name, (call, takes_gradients) in self._measures.items():
-            if name in row:
-                raise ValueError(f"`measures` must not use the name {name!r}, which the logs have already.")
-            value = tf.convert_to_tensor(tf_variable(call(gradients) if takes_gradients else call()))
-            if not value.shape.is_fully_defined():
-                raise ValueError(
-                    f"`measures` must give tensors of a fixed shape, received {name!r} of {shape_and_dtype(value)}."
-                )
-            measured[name] = value
-        return measured
+    def _add(self, row: dict[str, Any], argument: str, name: str, value: Any) -> None:
+        if name in row:
+            raise ValueError(f"`{argument}` must not use the name {name!r}, which the logs have already.")
+        row[name] = tf.convert_to_tensor(tf_variable(value))
+        if not row[name].shape.is_fully_defined():
+            raise ValueError(
+                f"`{argument}` must give tensors of a fixed shape, received {name!r} of {shape_and_dtype(row[name])}."
+            )
 
 
 def required_arguments(function: Callable[..., Any]) -> list[str]:
@@ -160,6 +161,10 @@ def required_arguments(function: Callable[..., Any]) -> list[str]:
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     parameters = inspect.signature(function).parameters.values()
     return [item.name for item in parameters if item.kind in positional and item.default is item.empty]
+
+
+def _norm(gradients: Iterable[Any]) -> Any:
+    return tf.sqrt(tf.add_n([tf.reduce_sum(tf.square(tf.cast(_dense(g), tf.float64))) for g in gradients]))
 
 
 def _dense(gradient: Any) -> Any:
@@ -501,7 +506,8 @@ def make_driver(body: StepBody, eager: bool, jit_compile: bool | str, longest: i
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(targets)
             value, _ = body.objective()
-        body.variables = used_variables(body.variables, tape.gradient(value, targets), body.allow_unused)
+        if "gradients" in body.step.provides:
+            body.variables = used_variables(body.variables, tape.gradient(value, targets), body.allow_unused)
         return tf.cast(value, tf.float64)
 
     traced = tf.function(loss, autograph=False).get_concrete_function()

@@ -314,17 +314,21 @@ class OptimizationLoop(_callbacks.Hooks, Configurable):
         return criteria
 
     def _check_step_provides(self, callbacks: list[Any]) -> None:
-        if "gradients" in self.step.provides:
-            return
         parts = [part for criterion in self._criteria for part in criterion.parts()]
-        wanting = [type(part).__name__ for part in parts if {"gradient_norm", "gradient_norm_inf"} & part.needs]
-        wanting += [type(o).__name__ for o in (self, *callbacks) if _callbacks.overridden(o, "on_gradient")]
-        wanting += [f"measure {name!r}" for name, call in self.measures.items() if required_arguments(call)]
-        if wanting:
-            raise ValueError(
-                f"`step` must provide gradients for {', '.join(wanting)}, received {type(self.step).__name__},"
-                " which does not."
-            )
+        norms = [type(part).__name__ for part in parts if {"gradient_norm", "gradient_norm_inf"} & part.needs]
+        hooks = {
+            type(o).__name__: hook for o in (self, *callbacks) if (hook := _callbacks.overridden(o, "on_gradient"))
+        }
+        measures = {f"measure {name!r}": call for name, call in self.measures.items() if required_arguments(call)}
+        functions = hooks | measures
+        inner = [name for name, function in functions.items() if _steps.asks_for_intermediates(function)]
+        for what, wanting in (("gradients", norms + list(functions)), ("intermediates", inner)):
+            if wanting and what not in self.step.provides:
+                hint = "; use TapeStep(intermediates=True)" if what == "intermediates" else ""
+                raise ValueError(
+                    f"`step` must provide {what} for {', '.join(wanting)}, received {type(self.step).__name__}, which"
+                    f" does not{hint}."
+                )
 
 
 def _identity(function: Callable[..., Any]) -> tuple[int, int]:
@@ -346,6 +350,6 @@ def _check_measures(measures: Any) -> dict[str, Callable[..., Any]]:
     for name, function in measures.items():
         if not isinstance(name, str) or not callable(function):
             raise TypeError(f"{right}, received {describe(function)} under {name!r}.")
-        if len(required_arguments(function)) > 1:
+        if len(set(required_arguments(function)) - {"intermediates"}) > 1:
             raise TypeError(f"{right}, received under {name!r} one of {inspect.signature(function)}.")
     return dict(measures)

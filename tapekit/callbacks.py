@@ -6,11 +6,13 @@ the host.
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import dataclasses
 import inspect
 import numbers
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TextIO
 
 import keras
@@ -21,6 +23,19 @@ from tapekit._describe import check_integer, describe
 from tapekit._records import row
 
 __all__ = ["Callback", "FunctionCallback", "IterationTable", "get"]
+
+
+_recording: contextvars.ContextVar[dict[str, Any] | None] = contextvars.ContextVar("recording", default=None)
+
+
+@contextlib.contextmanager
+def recording(records: dict[str, Any]) -> Iterator[None]:
+    """Sends what `record` is given inside the block to `records`."""
+    token = _recording.set(records)
+    try:
+        yield
+    finally:
+        _recording.reset(token)
 
 
 class Hooks:
@@ -56,9 +71,31 @@ class Hooks:
                 `tf.IndexedSlices`; unscaled under mixed precision, before the optimizer's own clipping.
             variables: the variables, in the same order.
 
+        A hook with a third argument, `intermediates`, gets the gradients with respect to the intermediates
+        that `TapeStep(intermediates=...)` takes: a dict by name.
+
         Returns:
-            The gradients to apply instead, as many and of the same shapes and dtypes, or `None`.
+            The gradients to apply instead: a list, as many and of the same shapes and dtypes; a dict of
+            some of them by the name of their variable; or `None`.
         """
+
+    def record(self, name: str, value: Any) -> None:
+        """Adds a scalar of this step to the logs and the history; called in `on_gradient`.
+
+        Args:
+            name: its name, which the logs must not have yet.
+            value: a scalar tensor.
+
+        Raises:
+            RuntimeError: it is called outside of `on_gradient`.
+            ValueError: the name is taken.
+        """
+        records = _recording.get()
+        if records is None:
+            raise RuntimeError("record must be called in on_gradient, which runs inside the step.")
+        if name in records:
+            raise ValueError(f"`name` must be new in the logs of a step, received {name!r} for the second time.")
+        records[name] = value
 
     def on_train_begin(self, logs: Any = None) -> None:
         """Called before the first step."""
@@ -109,6 +146,7 @@ class Callback(Configurable, keras.callbacks.Callback):
 
     on_step = Hooks.on_step
     on_gradient = Hooks.on_gradient
+    record = Hooks.record
 
 
 class FunctionCallback(Callback):

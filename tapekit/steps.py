@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
+from keras import tree
 
 from tapekit._config import Configurable, Registry
-from tapekit._describe import describe, shape_and_dtype
+from tapekit._describe import describe, shape_and_dtype, unique_names
 from tapekit._objective import Objective, tf_variable, used_variables
 from tapekit._optimizers import Updater, all_finite, map_values
+from tapekit._tape import Intermediates, collecting
+from tapekit.callbacks import recording
 
 __all__ = ["MinimizeStep", "Problem", "Step", "TapeStep", "get"]
+
+
+def asks_for_intermediates(function: Callable[..., Any]) -> bool:
+    """Returns whether a hook or a measure has an argument `intermediates`."""
+    return "intermediates" in inspect.signature(function).parameters
 
 
 class Problem:
@@ -25,6 +35,8 @@ class Problem:
         variables: the variables of this step, `tf.Variable` or `keras.Variable`.
         gradients: the gradients that this step used, as they were before any `on_gradient` hook;
             `None` until `transform`, `apply` or `minimize` has been called.
+        intermediates: the gradients with respect to named intermediates, by name, if they were asked for.
+        recorded: what the hooks have added to the logs with `Callback.record`.
 
     Example:
         >>> import tapekit as tk
@@ -45,6 +57,8 @@ class Problem:
     ) -> None:
         self.variables = variables
         self.gradients: list[Any] | None = None
+        self.intermediates: dict[str, Any] = {}
+        self.recorded: dict[str, Any] = {}
         self.evaluations = 0
         self._objective = objective
         self._updater = updater
@@ -61,21 +75,35 @@ class Problem:
         self.evaluations += 1
         return {"loss": loss, **extras}
 
-    def loss_and_gradients(self) -> tuple[dict[str, tf.Tensor], list[Any]]:
+    def loss_and_gradients(self, intermediates: bool | Sequence[str] = False) -> tuple[dict[str, Any], list[Any]]:
         """Evaluates the objective and its gradient, unscaled under mixed precision.
+
+        Args:
+            intermediates: the names of the intermediates to take gradients with respect to in the same
+                backward pass, or True for all that `tapekit.intermediate` names.
 
         Returns:
             The logs as in `evaluate`, and one gradient for each of `variables`.
 
         Raises:
-            ValueError: the loss does not depend on one of the variables.
+            ValueError: the loss does not depend on one of the variables or intermediates.
         """
+        named = Intermediates(lambda tensors: tape.watch(tensors))
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch([tf_variable(variable) for variable in self.variables])
-            logs = self.evaluate()
+            with collecting(named.add) if intermediates else contextlib.nullcontext():
+                logs = self.evaluate()
         scale = self._updater.scale(logs["loss"].dtype)
-        gradients = tape.gradient(logs["loss"], [tf_variable(v) for v in self.variables], output_gradients=scale)
+        chosen = _chosen(named.values, intermediates)
+        sources = [tf_variable(v) for v in self.variables], chosen
+        found: Any = tape.gradient(logs["loss"], sources, output_gradients=scale)
+        gradients, inner = found
         self.variables = used_variables(self.variables, gradients, self._allow_unused)
+        unconnected = [name for name, gradient in inner.items() if None in tree.flatten(gradient)]
+        if unconnected:
+            raise ValueError(f"`intermediates` must be values that `loss` depends on, unlike {', '.join(unconnected)}.")
+        leaves = self._updater.true(tree.flatten(inner)) if inner else []
+        self.intermediates = tree.pack_sequence_as(inner, leaves)
         return logs, self._updater.true([gradient for gradient in gradients if gradient is not None])
 
     def transform(self, gradients: Sequence[Any]) -> list[Any]:
@@ -88,15 +116,17 @@ class Problem:
             The gradients to apply.
 
         Raises:
-            TypeError: a hook returned something else than a list of gradients.
-            ValueError: a hook returned gradients of another number, shape or dtype.
+            TypeError: a hook returned something else than a list or a dict of gradients.
+            ValueError: a hook returned gradients of another number, name, shape or dtype.
         """
         self.gradients = list(gradients)
         gradients = list(gradients)
-        for hook in self._hooks:
-            replaced = hook(list(gradients), list(self.variables))
-            if replaced is not None:
-                gradients = _check_replaced(replaced, self.variables)
+        with recording(self.recorded):
+            for hook in self._hooks:
+                more = {"intermediates": dict(self.intermediates)} if asks_for_intermediates(hook) else {}
+                replaced = hook(list(gradients), list(self.variables), **more)
+                if replaced is not None:
+                    gradients = _check_replaced(replaced, gradients, self.variables)
         if self._hooks and self._updater.scales:  # a hook that clips must not hide an overflow from the optimizer
             finite = all_finite(self.gradients)
             gradients = [map_values(lambda values: tf.where(finite, values, np.nan), g) for g in gradients]
@@ -134,8 +164,29 @@ class Problem:
         return logs
 
 
-def _check_replaced(replaced: Any, variables: Sequence[Any]) -> list[Any]:
+def _chosen(named: dict[str, Any], names: bool | Sequence[str]) -> dict[str, Any]:
+    if isinstance(names, bool):
+        return named
+    unknown = [name for name in names if name not in named]
+    if unknown:
+        raise ValueError(
+            f"`intermediates` must be names that `loss` gives with tapekit.intermediate ({', '.join(named) or 'none'}),"
+            f" received {', '.join(unknown)}."
+        )
+    return {name: named[name] for name in names}
+
+
+def _check_replaced(replaced: Any, gradients: Sequence[Any], variables: Sequence[Any]) -> list[Any]:
     right = f"`on_gradient` must return None or a list of {len(variables)} gradients"
+    if isinstance(replaced, dict):
+        names = unique_names(variables)
+        unknown = [str(name) for name in replaced if name not in names]
+        if unknown:
+            raise ValueError(
+                "`on_gradient` must return gradients under the names of the variables"
+                f" ({', '.join(names)}), received {', '.join(unknown)}."
+            )
+        replaced = [replaced.get(name, gradient) for name, gradient in zip(names, gradients, strict=True)]
     if not isinstance(replaced, (list, tuple)):
         raise TypeError(f"{right}, received {describe(replaced)}.")
     if len(replaced) != len(variables):
@@ -219,14 +270,39 @@ class Step(Configurable):
 class TapeStep(Step):
     """Takes the gradient with an explicit `tf.GradientTape` and gives it to `apply_gradients`.
 
+    Args:
+        intermediates: the names of the intermediate values to take gradients with respect to in the same
+            backward pass, or True for all that the objective names with `tapekit.intermediate`. Their norms
+            are recorded as `"gradient_norm/<name>"`; hooks and measures get them whole, as a dict, if they
+            have an argument `intermediates`.
+
+    Raises:
+        TypeError: `intermediates` is neither a bool nor a list of names.
+
     Example:
-        >>> import tapekit as tk
-        >>> loop = tk.OptimizationLoop("adam", step=tk.TapeStep(), max_iterations=100)
+        >>> import tapekit as tk, tensorflow as tf
+        >>> x = tf.Variable(1.0)
+        >>> loop = tk.OptimizationLoop(
+        ...     "sgd",
+        ...     step=tk.TapeStep(intermediates=["z"]),
+        ...     max_iterations=1,
+        ...     measures={"dz": lambda intermediates: intermediates["z"]},
+        ... )
+        >>> loop.minimize(lambda: tk.intermediate("z", x - 4.0) ** 2, [x]).history["dz"].tolist()
+        [-6.0]
     """
+
+    def __init__(self, intermediates: bool | Sequence[str] = False) -> None:
+        names = () if isinstance(intermediates, bool) else intermediates
+        if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+            raise TypeError(f"`intermediates` must be a bool or a list of names, received {describe(intermediates)}.")
+        self.intermediates = intermediates if isinstance(intermediates, bool) else list(names)
+        if intermediates:
+            self.provides = frozenset({"gradients", "intermediates"})
 
     def take(self, problem: Problem) -> dict[str, Any]:
         """Makes one step."""
-        logs, gradients = problem.loss_and_gradients()
+        logs, gradients = problem.loss_and_gradients(self.intermediates)
         problem.apply(gradients)
         return logs
 
@@ -236,10 +312,24 @@ class MinimizeStep(Step):
 
     The numbers are those of `TapeStep`, bit for bit.
 
+    Args:
+        intermediates: False; gradients with respect to intermediates need the tape of `TapeStep`.
+
+    Raises:
+        ValueError: `intermediates` is anything else.
+
     Example:
         >>> import tapekit as tk
         >>> loop = tk.OptimizationLoop("adam", step=tk.MinimizeStep(), max_iterations=100)
     """
+
+    def __init__(self, intermediates: bool = False) -> None:
+        if intermediates is not False:
+            raise ValueError(
+                "`intermediates` must be False for MinimizeStep, whose tape is the optimizer's own and gone before"
+                f" anyone could ask it, received {describe(intermediates)}; use TapeStep."
+            )
+        self.intermediates = intermediates
 
     def take(self, problem: Problem) -> dict[str, Any]:
         """Makes one step."""

@@ -10,7 +10,7 @@ import tapekit
 PACKAGE = pathlib.Path(tapekit.__file__).parent
 LAYERS = [
     {"_describe", "_config", "_records", "_result", "_version"},
-    {"stopping", "callbacks"},
+    {"stopping", "callbacks", "_tape"},
     {"_objective", "_optimizers", "steps"},
     {"_drivers"},
     {"_run", "_loop"},

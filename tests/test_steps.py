@@ -425,7 +425,11 @@ OF_SHAPE = f"{RIGHT} of the shapes and dtypes of the variables; gradient 0 must 
     [
         (TypeError, f"{RIGHT}, received a tf.Tensor of shape \\(2,\\) and dtype float64", lambda g: g[0]),
         (TypeError, f"{RIGHT}, received True", lambda g: True),
-        (TypeError, f"{RIGHT}, received a dict of 1", lambda g: {"x": g[0]}),
+        (
+            ValueError,
+            "`on_gradient` must return gradients under the names of the variables \\(.*\\), received other",
+            lambda g: {"other": g[0]},
+        ),
         (ValueError, f"{RIGHT}, received 0", lambda g: []),
         (ValueError, f"{RIGHT}, received 2", lambda g: [g[0], g[0]]),
         (TypeError, f"{RIGHT}, received None as gradient 0", lambda g: [None]),
