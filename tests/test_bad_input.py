@@ -285,11 +285,15 @@ REFUSED = {
     ),
     "nothing that ends the run": (
         *("max_iterations", ValueError, ["`tolerance`, `stopping` or a callback must end the run", "none of them"]),
-        lambda w: {"max_iterations": None},
+        lambda w: {"max_iterations": None, "loss": lambda: tf.math.log(w.x - 1.0)},  # NaN, lest a defect runs for ever
     ),
     "nothing but loggers to end the run": (
         *("max_iterations", ValueError, ["must end the run", "none of them"]),
-        lambda w: {"max_iterations": None, "on": [keras.callbacks.History(), tk.callbacks.IterationTable()]},
+        lambda w: {
+            "max_iterations": None,
+            "loss": lambda: tf.math.log(w.x - 1.0),
+            "on": [keras.callbacks.History(), tk.callbacks.IterationTable()],
+        },
     ),
     "a number as a criterion": (
         *("stopping", TypeError, [CRITERION, "received the int 3"]),

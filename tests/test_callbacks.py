@@ -394,22 +394,20 @@ def test_what_a_hook_does_to_a_variable_is_where_the_next_step_starts(length, dr
     assert float(quadratic.x) == 2.0
 
 
-def _adam(driver, *callbacks, **settings):
+def _sgd(driver, *callbacks, **settings):
     x = tf.Variable(1.5, dtype=tf.float64)
-    loop = tk.OptimizationLoop(keras.optimizers.Adam(0.1), **DRIVERS[driver], **settings)
+    loop = tk.OptimizationLoop(keras.optimizers.SGD(0.01), **DRIVERS[driver], **settings)
     return loop, loop.minimize(lambda: (x - 4.0) ** 2 + tf.sin(3.0 * x), [x], callbacks=list(callbacks))
 
 
 @functools.lru_cache
 def _limited_to_137(driver):
-    return _adam(driver, max_iterations=137)[1]
+    return _sgd(driver, max_iterations=137)[1]
 
 
-@pytest.mark.parametrize(
-    ("driver", "length"), [("eager", "auto"), *((name, length) for name in COMPILED for length in (1, 7, 256, "auto"))]
-)
-@pytest.mark.parametrize("every", [1, 137])
-def test_a_callback_that_stops_at_step_137_leaves_the_variables_of_step_137(every, driver, length):
+@pytest.mark.parametrize("driver", DRIVERS)
+@pytest.mark.parametrize(("every", "length"), [(1, "auto"), (137, 1), (137, 7), (137, 256), (137, "auto")])
+def test_a_callback_that_stops_at_step_137_leaves_the_variables_of_step_137(every, length, driver):
     class Stop(tk.Callback):
         def on_step(self, step, logs):
             if step == 137:
@@ -417,7 +415,7 @@ def test_a_callback_that_stops_at_step_137_leaves_the_variables_of_step_137(ever
 
     stop = Stop()
     stop.every = every
-    loop, stopped = _adam(driver, stop, max_iterations=300, steps_per_execution=length)
+    loop, stopped = _sgd(driver, stop, max_iterations=300, steps_per_execution=length)
     limited = _limited_to_137(driver)
     assert stopped.variables[0] == limited.variables[0]
     np.testing.assert_array_equal(stopped.history["loss"], limited.history["loss"])
