@@ -21,13 +21,15 @@ from tapekit._objective import Objective, check_variables
 from tapekit._optimizers import Updater
 from tapekit._result import OptimizationResult, StopReason
 from tapekit._run import Run
+from tapekit.callbacks._base import Hooks
+from tapekit.callbacks._dispatch import Dispatch, overridden
 
 _REMEMBERED_PROGRAMS = 8
 _RUNNING = "this loop is running already; make another OptimizationLoop for a run inside a run."
 _MOST_CRITERIA = 31  # a bit each of a 32-bit integer
 
 
-class OptimizationLoop(_callbacks.Hooks, Configurable):
+class OptimizationLoop(Hooks, Configurable):
     """A loop of optimization steps with hooks, criteria and a result that says why it stopped.
 
     It is used as it is, with callbacks, or subclassed: it has the hooks of a callback (`on_step`,
@@ -257,9 +259,7 @@ class OptimizationLoop(_callbacks.Hooks, Configurable):
         given = None if variables is None else check_variables(variables)
         extra = _callback_list(callbacks)
         self._check_step_provides(extra)
-        dispatch = _callbacks.Dispatch(
-            [self, *self.callbacks, *extra], check_integer(steps_per_epoch, "steps_per_epoch", 1)
-        )
+        dispatch = Dispatch([self, *self.callbacks, *extra], check_integer(steps_per_epoch, "steps_per_epoch", 1))
         if not (live or self._criteria[1:] or dispatch.can_stop):
             raise ValueError(
                 "`max_iterations`, `tolerance`, `stopping` or a callback must end the run, received none of them."
@@ -316,9 +316,7 @@ class OptimizationLoop(_callbacks.Hooks, Configurable):
     def _check_step_provides(self, callbacks: list[Any]) -> None:
         parts = [part for criterion in self._criteria for part in criterion.parts()]
         norms = [type(part).__name__ for part in parts if {"gradient_norm", "gradient_norm_inf"} & part.needs]
-        hooks = {
-            type(o).__name__: hook for o in (self, *callbacks) if (hook := _callbacks.overridden(o, "on_gradient"))
-        }
+        hooks = {type(o).__name__: hook for o in (self, *callbacks) if (hook := overridden(o, "on_gradient"))}
         measures = {f"measure {name!r}": call for name, call in self.measures.items() if required_arguments(call)}
         functions = hooks | measures
         inner = [name for name, function in functions.items() if _steps.asks_for_intermediates(function)]

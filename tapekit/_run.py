@@ -12,7 +12,8 @@ from tapekit._drivers import Advance, Driver
 from tapekit._objective import keras_variable, tf_variable
 from tapekit._records import Records, row
 from tapekit._result import OptimizationResult, StopReason
-from tapekit.callbacks import Callback, Dispatch, VariablesModel, scalars
+from tapekit.callbacks import Callback
+from tapekit.callbacks._dispatch import Dispatch, VariablesModel, scalars
 from tapekit.stopping import either
 
 

@@ -16,7 +16,7 @@ from tapekit._describe import describe, shape_and_dtype, unique_names
 from tapekit._objective import Objective, tf_variable, used_variables
 from tapekit._optimizers import Updater, all_finite, map_values
 from tapekit._tape import Intermediates, collecting
-from tapekit.callbacks import recording
+from tapekit.callbacks._base import recording
 
 __all__ = ["MinimizeStep", "Problem", "Step", "TapeStep", "get"]
 

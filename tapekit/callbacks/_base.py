@@ -1,0 +1,177 @@
+"""The hooks of a run, and the callbacks that have them."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import keras
+
+from tapekit._config import Configurable
+from tapekit._describe import check_integer, describe
+
+_recording: contextvars.ContextVar[dict[str, Any] | None] = contextvars.ContextVar("recording", default=None)
+
+
+@contextlib.contextmanager
+def recording(records: dict[str, Any]) -> Iterator[None]:
+    """Sends what `record` is given inside the block to `records`."""
+    token = _recording.set(records)
+    try:
+        yield
+    finally:
+        _recording.reset(token)
+
+
+class Hooks:
+    """The hooks of a run, which `Callback` and `OptimizationLoop` share. Those left alone cost nothing.
+
+    Attributes:
+        every: `on_step` is called at every `every`-th step; chunks of compiled steps end there.
+        replayable: `True` says that `on_step` reads `step` and `logs` alone. It is then called for
+            every step after a chunk and never makes a chunk shorter.
+    """
+
+    every: int = 1
+    replayable: bool = False
+
+    def on_step(self, step: int, logs: dict[str, Any]) -> None:
+        """Called on the host after an update.
+
+        The variables that it can read are those of this very step, unless it is `replayable`.
+
+        Args:
+            step: the number of the update, from 1.
+            logs: the loss before the update, what the objective returned beside it, the measures, and
+                what criteria need; Python numbers for scalars, NumPy arrays for the rest.
+        """
+
+    def on_gradient(self, gradients: list[Any], variables: list[Any]) -> Sequence[Any] | None:
+        """Called inside the compiled step, between computing the gradients and applying them.
+
+        It is traced once and then runs as part of the graph, so it is written in TensorFlow or Keras ops.
+
+        Args:
+            gradients: the gradient of the loss for each variable: tensors of its shape and dtype, or
+                `tf.IndexedSlices`; unscaled under mixed precision, before the optimizer's own clipping.
+            variables: the variables, in the same order.
+
+        A hook with a third argument, `intermediates`, gets the gradients with respect to the intermediates
+        that `TapeStep(intermediates=...)` takes: a dict by name.
+
+        Returns:
+            The gradients to apply instead: a list, as many and of the same shapes and dtypes; a dict of
+            some of them by the name of their variable; or `None`.
+        """
+
+    def record(self, name: str, value: Any) -> None:
+        """Adds a scalar of this step to the logs and the history; called in `on_gradient`.
+
+        Args:
+            name: its name, which the logs must not have yet.
+            value: a scalar tensor.
+
+        Raises:
+            RuntimeError: it is called outside of `on_gradient`.
+            ValueError: the name is taken.
+        """
+        records = _recording.get()
+        if records is None:
+            raise RuntimeError("record must be called in on_gradient, which runs inside the step.")
+        if name in records:
+            raise ValueError(f"`name` must be new in the logs of a step, received {name!r} for the second time.")
+        records[name] = value
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        """Called before the first step."""
+
+    def on_train_end(self, logs: Any = None) -> None:
+        """Called after the last step, whichever way the run ended."""
+
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        """Called before the first step of an epoch, which has `steps_per_epoch` steps."""
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        """Called after an epoch with the scalar logs of its last step."""
+
+    def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
+        """Called before every step; `batch` counts from 0 in each epoch."""
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        """Called after every step with its scalar logs; `batch` counts from 0 in each epoch."""
+
+
+class Callback(Configurable, keras.callbacks.Callback):
+    """A Keras callback with two more hooks, `on_step` and `on_gradient`.
+
+    Attributes:
+        every: `on_step` is called at every `every`-th step. Chunks of compiled steps end exactly there,
+            so that what it sees is live and a stop asked for there takes effect there.
+        replayable: `True` says that the hooks read `step` and `logs` alone. They are then called for
+            every step in order, after a chunk, and never make a chunk shorter.
+        loop: the `OptimizationLoop` that runs it; `self.loop.stop("reason")` ends the run.
+
+    Example:
+        >>> import tapekit as tk, tensorflow as tf
+        >>> class Halve(tk.Callback):
+        ...     def on_gradient(self, gradients, variables):
+        ...         return [0.5 * gradient for gradient in gradients]
+        ...     def on_step(self, step, logs):
+        ...         if logs["loss"] < 1.0:
+        ...             self.loop.stop("small enough")
+        >>> x = tf.Variable(0.0)
+        >>> loop = tk.OptimizationLoop("sgd", max_iterations=1000)
+        >>> loop.minimize(lambda: (x - 4.0) ** 2, [x], callbacks=[Halve()]).message
+        'stopped at step 139: small enough'
+    """
+
+    every: int = 1
+    replayable: bool = False
+    loop: Any = None
+
+    on_step = Hooks.on_step
+    on_gradient = Hooks.on_gradient
+    record = Hooks.record
+
+
+class FunctionCallback(Callback):
+    """Calls a function `f(step, logs)` as `on_step`; what a plain function in a list of callbacks becomes.
+
+    Args:
+        function: called with the step, from 1, and the logs.
+        every: at every how many steps, at least 1.
+        replayable: whether the function reads its arguments alone, see `Callback`.
+
+    Raises:
+        TypeError: `function` cannot be called as `f(step, logs)`, or `every` is not an integer.
+        ValueError: `every` is below 1.
+
+    Example:
+        >>> import tapekit as tk
+        >>> show = tk.callbacks.FunctionCallback(lambda step, logs: print(step, logs["loss"]), every=100)
+    """
+
+    def __init__(self, function: Callable[[int, dict[str, Any]], Any], every: int = 1, replayable: bool = False):
+        super().__init__()
+        if not takes_step_and_logs(function):
+            raise TypeError(f"`function` must be callable as f(step, logs), received {describe(function)}.")
+        self.function = function
+        self.every = check_integer(every, "every", 1)
+        self.replayable = replayable
+
+    def on_step(self, step, logs):
+        """Calls the function."""
+        self.function(step, logs)
+
+
+def takes_step_and_logs(function: Any) -> bool:
+    try:
+        inspect.signature(function).bind(0, {})
+    except TypeError:
+        return False
+    except ValueError:  # some functions written in C do not tell what they take
+        pass
+    return callable(function)
