@@ -105,6 +105,7 @@ class OptimizationLoop(Hooks, Configurable):
         self._programs: dict[Any, Driver] = {}
         self._lock = threading.Lock()
         self._stop_message: str | None = None
+        self._current: Run | None = None
 
     def minimize(
         self,
@@ -190,8 +191,10 @@ class OptimizationLoop(Hooks, Configurable):
     def _iterate(self, run: Run) -> Iterator[tuple[int, dict[str, Any]]]:
         with self._running(run):
             while run.explanation is None:
+                before = run.step
                 self._advance(run)
-                yield run.step, run.logs
+                if run.step > before:
+                    yield run.step, run.logs
 
     def stop(self, reason: str = "a hook asked for it") -> None:
         """Ends the run, from any hook; one that is live stops it at that very step.
@@ -213,16 +216,46 @@ class OptimizationLoop(Hooks, Configurable):
             raise RuntimeError("stop must be called from a hook of a running loop; this loop is not running.")
         self._stop_message = str(reason)
 
+    def evaluate(self) -> float:
+        """Evaluates the loss at the present variables, from a hook of a running loop. It is not counted.
+
+        Returns:
+            The loss.
+
+        Raises:
+            RuntimeError: the loop is not running.
+
+        Example:
+            >>> import tapekit as tk, tensorflow as tf
+            >>> x, loop = tf.Variable(0.0), tk.OptimizationLoop("sgd", max_iterations=1)
+            >>> after = []
+            >>> callback = tk.callbacks.FunctionCallback(lambda step, logs: after.append(loop.evaluate()))
+            >>> loop.minimize(lambda: (x - 4.0) ** 2, [x], callbacks=[callback]).loss == after[0]
+            True
+        """
+        if self._current is None:
+            raise RuntimeError("evaluate must be called from a hook of a running loop; this loop is not running.")
+        return self._current.evaluate()
+
     def _advance(self, run: Run) -> None:
         """Takes the steps up to the next one at which somebody needs the host."""
-        limit = run.steps_to_next_edge()
+        if self._heed_stop(run):
+            return
         run.dispatch.before(run.step + 1)
-        chunk = run.advance(limit)
+        if self._heed_stop(run):
+            return
+        chunk = run.advance(run.steps_to_next_edge())
         run.dispatch.after(run.step - chunk.taken + 1, chunk.taken, chunk.columns)
         if chunk.fired:
             run.explain(chunk.fired)
-        elif self._stop_message is not None or run.model_stopped:
+        self._heed_stop(run)
+
+    def _heed_stop(self, run: Run) -> bool:
+        """Ends the run if a hook has asked for it, unless it has ended already."""
+        asked = self._stop_message is not None or run.model_stopped
+        if asked:
             run.stopped(self._stop_message or "a callback set model.stop_training")
+        return asked
 
     @contextlib.contextmanager
     def _running(self, run: Run) -> Iterator[None]:
@@ -232,6 +265,7 @@ class OptimizationLoop(Hooks, Configurable):
         try:
             self._stop_message = None
             self.result = None
+            self._current = run
             run.begin(self)
             yield
             run.end()
@@ -247,6 +281,7 @@ class OptimizationLoop(Hooks, Configurable):
             run.fail(error)
             raise
         finally:
+            self._current = None
             self.result = run.conclude()
             self._lock.release()
 

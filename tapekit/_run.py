@@ -86,6 +86,10 @@ class Run:
         self._last = chunk
         return chunk
 
+    def evaluate(self) -> float:
+        """Returns the loss at the present variables."""
+        return self._driver.evaluate()
+
     @property
     def logs(self) -> dict[str, Any]:
         """What is known of the last step."""
