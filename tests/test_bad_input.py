@@ -952,8 +952,10 @@ def test_values_beside_the_loss_that_change_their_names_are_refused(world):
         return world.loss(), {"late" if world.x > 3.2 else "early": world.x}
 
     loop = _loop(DRIVERS["eager"])
-    with pytest.raises(ValueError, match=r"`loss`.*'early'.*'late'"):
+    with pytest.raises(ValueError, match="`loss`") as caught:
         loop.minimize(loss, [world.x])
+    assert "'early'" in str(caught.value)
+    assert "'late'" in str(caught.value)
     assert loop.result.history["loss"].tolist() == [16.0, 4.0, 1.0]
 
 
