@@ -22,7 +22,12 @@ __all__ = ["MinimizeStep", "Problem", "Step", "TapeStep", "get"]
 
 
 def asks_for_intermediates(function: Callable[..., Any]) -> bool:
-    """Returns whether a hook or a measure has an argument `intermediates`."""
+    """Returns whether a hook or a measure has an argument `intermediates` that it cannot do without."""
+    parameter = inspect.signature(function).parameters.get("intermediates")
+    return parameter is not None and parameter.default is parameter.empty
+
+
+def _takes_intermediates(function: Callable[..., Any]) -> bool:
     return "intermediates" in inspect.signature(function).parameters
 
 
@@ -101,7 +106,10 @@ class Problem:
         self.variables = used_variables(self.variables, gradients, self._allow_unused)
         unconnected = [name for name, gradient in inner.items() if None in tree.flatten(gradient)]
         if unconnected:
-            raise ValueError(f"`intermediates` must be values that `loss` depends on, unlike {', '.join(unconnected)}.")
+            raise ValueError(
+                "`intermediates` must be floating-point values that `loss` depends on, unlike"
+                f" {', '.join(unconnected)}."
+            )
         leaves = self._updater.true(tree.flatten(inner)) if inner else []
         self.intermediates = tree.pack_sequence_as(inner, leaves)
         return logs, self._updater.true([gradient for gradient in gradients if gradient is not None])
@@ -123,7 +131,8 @@ class Problem:
         gradients = list(gradients)
         with recording(self.recorded):
             for hook in self._hooks:
-                more = {"intermediates": dict(self.intermediates)} if asks_for_intermediates(hook) else {}
+                offered = asks_for_intermediates(hook) or (self.intermediates and _takes_intermediates(hook))
+                more = {"intermediates": dict(self.intermediates)} if offered else {}
                 replaced = hook(list(gradients), list(self.variables), **more)
                 if replaced is not None:
                     gradients = _check_replaced(replaced, gradients, self.variables)
@@ -165,15 +174,26 @@ class Problem:
 
 
 def _chosen(named: dict[str, Any], names: bool | Sequence[str]) -> dict[str, Any]:
-    if isinstance(names, bool):
-        return named
-    unknown = [name for name in names if name not in named]
-    if unknown:
+    """Returns the intermediates that are asked for, or raises if a gradient cannot reach them."""
+    right = "`intermediates` must be names that `loss` gives with tapekit.intermediate"
+    unknown = [] if isinstance(names, bool) else [name for name in names if name not in named]
+    if unknown or (names is True and not named):
+        received = ", ".join(unknown) or "True"
+        hint = "" if named else "; those given inside a tf.function are not seen"
+        raise ValueError(f"{right} ({', '.join(named) or 'none'}), received {received}{hint}.")
+    chosen = named if isinstance(names, bool) else {name: named[name] for name in names}
+    here = None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
+    inside = [
+        name
+        for name, value in chosen.items()
+        if any(getattr(leaf, "graph", here) is not here for leaf in tree.flatten(value))
+    ]
+    if inside:
         raise ValueError(
-            f"`intermediates` must be names that `loss` gives with tapekit.intermediate ({', '.join(named) or 'none'}),"
-            f" received {', '.join(unknown)}."
+            f"{right} outside of any tf.function, tf.map_fn or loop, whose insides no tape sees from outside, unlike"
+            f" {', '.join(inside)}."
         )
-    return {name: named[name] for name in names}
+    return chosen
 
 
 def _check_replaced(replaced: Any, gradients: Sequence[Any], variables: Sequence[Any]) -> list[Any]:
@@ -198,10 +218,15 @@ def _check_replaced(replaced: Any, gradients: Sequence[Any], variables: Sequence
                 gradient = tf.convert_to_tensor(gradient, dtype_hint=variable.dtype)
             except (TypeError, ValueError):
                 raise TypeError(f"{right}, received {describe(gradient)} as gradient {position}.") from None
-        if gradient.dtype != variable.dtype or not gradient.shape.is_compatible_with(variable.shape):
+        shape, received = tf.TensorShape(variable.shape), shape_and_dtype(gradient)
+        fits = gradient.shape.is_compatible_with(shape)
+        if isinstance(gradient, tf.IndexedSlices):  # whose own shape may be unknown
+            received = f"tf.IndexedSlices with values of {shape_and_dtype(gradient.values)}"
+            fits = fits and gradient.values.shape[1:].is_compatible_with(shape[1:])
+        if gradient.dtype != variable.dtype or not fits:
             raise ValueError(
                 f"{right} of the shapes and dtypes of the variables; gradient {position} must be of"
-                f" {shape_and_dtype(variable)}, received {shape_and_dtype(gradient)}."
+                f" {shape_and_dtype(variable)}, received {received}."
             )
         checked.append(gradient)
     return checked
