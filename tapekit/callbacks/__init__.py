@@ -13,9 +13,31 @@ import keras
 from tapekit._config import Registry
 from tapekit._describe import describe
 from tapekit.callbacks._base import Callback, FunctionCallback, takes_step_and_logs
+from tapekit.callbacks._gradient_checks import CheckGradients
+from tapekit.callbacks._gradient_views import CaptureGradients, GradientStatistics
+from tapekit.callbacks._gradients import (
+    CentralizeGradients,
+    ClipGradients,
+    FreezeVariables,
+    GradientNoise,
+    ScaleGradients,
+)
 from tapekit.callbacks._table import IterationTable
 
-__all__ = ["Callback", "FunctionCallback", "IterationTable", "get"]
+__all__ = [
+    "Callback",
+    "CaptureGradients",
+    "CentralizeGradients",
+    "CheckGradients",
+    "ClipGradients",
+    "FreezeVariables",
+    "FunctionCallback",
+    "GradientNoise",
+    "GradientStatistics",
+    "IterationTable",
+    "ScaleGradients",
+    "get",
+]
 
 _NOT_BY_NAME = (keras.callbacks.Callback, keras.callbacks.CallbackList)
 _registry = Registry("callbacks", keras.callbacks.Callback, "tapekit.callbacks")
@@ -27,6 +49,14 @@ _registry.add(
     ),
     IterationTable,
     FunctionCallback,
+    ClipGradients,
+    GradientNoise,
+    FreezeVariables,
+    ScaleGradients,
+    CentralizeGradients,
+    GradientStatistics,
+    CaptureGradients,
+    CheckGradients,
 )
 
 

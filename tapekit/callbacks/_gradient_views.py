@@ -1,0 +1,200 @@
+"""Callbacks that look at gradients: their statistics, and the gradients themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from tapekit._describe import check_integer, unique_names
+from tapekit.callbacks._gradients import CountingCallback, dense, largest_of, native, norm_of, state_variable
+
+
+class Shelf:
+    """Where the compiled step of one set of variables leaves what the host reads."""
+
+    def __init__(self, variables: Sequence[Any], shapes: Sequence[tuple[Any, Any]]) -> None:
+        self.variables = [native(variable) for variable in variables]
+        self.names = unique_names(variables)
+        self.used = state_variable(tf.zeros, (), tf.bool)
+        self.places = [state_variable(tf.zeros, shape, dtype) for shape, dtype in shapes]
+
+
+class ViewingCallback(CountingCallback):
+    """Keeps something of the gradients of certain steps inside the graph, for the host to read afterwards."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._shelves: dict[tuple[int, ...], Shelf] = {}
+
+    def on_train_begin(self, logs=None):
+        """Forgets the run before."""
+        super().on_train_begin(logs)
+        for shelf in self._shelves.values():
+            shelf.used.assign(False)
+
+    def on_gradient(self, gradients, variables):
+        """Looks at the gradients, if the step is one of those to look at, and leaves them as they are."""
+        key = tuple(id(native(variable)) for variable in variables)
+        if key not in self._shelves:
+            self._shelves[key] = Shelf(variables, self._shapes(variables))
+        shelf, before = self._shelves[key], self.count()
+
+        def look() -> tf.Tensor:
+            shelf.used.assign(True)
+            self._look(shelf.places, [dense(gradient) for gradient in gradients], variables, before)
+            return tf.constant(True)
+
+        due = self._due(before)
+        if due is True:
+            look()
+        else:
+            tf.cond(due, look, lambda: tf.constant(False))
+
+    def shelf(self) -> Shelf:
+        """Returns the one that this run has used."""
+        return next(shelf for shelf in self._shelves.values() if shelf.used.numpy())
+
+    def _shapes(self, variables: Sequence[Any]) -> Sequence[tuple[Any, Any]]:
+        raise NotImplementedError
+
+    def _due(self, before: Any) -> Any:
+        raise NotImplementedError
+
+    def _look(self, places: list[Any], gradients: list[Any], variables: Sequence[Any], before: Any) -> None:
+        raise NotImplementedError
+
+
+class _PeriodicCallback(ViewingCallback):
+    """Takes something to the host at every n-th step."""
+
+    def __init__(self, every: int = 1) -> None:
+        super().__init__()
+        self.every = check_integer(every, "every", 1)
+        self._steps: list[int] = []
+        self._rows: list[list[np.ndarray]] = []
+        self._names: list[str] = []
+
+    def on_train_begin(self, logs=None):
+        """Forgets the run before."""
+        super().on_train_begin(logs)
+        self._steps, self._rows, self._names = [], [], []
+
+    def on_step(self, step, logs):
+        """Takes to the host what the graph has kept of this step."""
+        shelf = self.shelf()
+        self._names = shelf.names
+        self._steps.append(step)
+        self._rows.append([place.numpy() for place in shelf.places])
+
+    def _due(self, before: Any) -> Any:
+        return True if self.every == 1 else (before + 1) % self.every == 0
+
+    @property
+    def steps(self) -> np.ndarray:
+        """The k steps of the last run that were looked at, of shape (k,)."""
+        return np.asarray(self._steps, np.int64)
+
+    def _columns(self) -> Iterator[tuple[str, np.ndarray]]:
+        columns = zip(*self._rows, strict=True)
+        return ((name, np.stack(rows)) for name, rows in zip(self._names, columns, strict=True))
+
+
+class GradientStatistics(_PeriodicCallback):
+    """Follows the statistics of the gradient of each variable.
+
+    They are computed in the graph, at the steps that are due and no others, in float64 and of the gradients as
+    they reach this callback: put it before those that change gradients, or after, or both. Of n entries g_1 ...
+    g_n:
+
+        norm        sqrt(g_1^2 + ... + g_n^2)
+        mean        (g_1 + ... + g_n) / n
+        max_abs     the largest abs(g_i)
+        zeros       the share of entries that are zero, from 0 to 1
+        non_finite  the share of entries that are NaN or infinite, from 0 to 1
+
+    A run ends at the first gradient that is not finite; to see where that is, look at every step.
+
+    Args:
+        every: at every how many steps; compiled chunks of steps end there.
+
+    Attributes:
+        steps: the k steps of the last run that were looked at, an array of shape (k,).
+        statistics: for each variable, by its path, a dict of these quantities by name, arrays of shape (k,).
+
+    Raises:
+        TypeError: `every` is not an integer.
+        ValueError: `every` is below 1.
+
+    Example:
+        >>> import tapekit as tk, tensorflow as tf
+        >>> x = tf.Variable([0.0, 3.0], name="x")
+        >>> look = tk.callbacks.GradientStatistics(every=10)
+        >>> loop = tk.OptimizationLoop("sgd", max_iterations=20)
+        >>> result = loop.minimize(lambda: tf.reduce_sum(x**2), [x], callbacks=[look])
+        >>> print(look.steps, look.statistics["x"]["norm"].round(3), look.statistics["x"]["zeros"])
+        [10 20] [5.002 4.087] [0.5 0.5]
+    """
+
+    QUANTITIES = ("norm", "mean", "max_abs", "zeros", "non_finite")
+    """The names of the quantities."""
+
+    @property
+    def statistics(self) -> dict[str, dict[str, np.ndarray]]:
+        """The quantities by variable and name, arrays of shape (k,)."""
+        return {name: dict(zip(self.QUANTITIES, rows.T, strict=True)) for name, rows in self._columns()}
+
+    def _shapes(self, variables):
+        return [((len(self.QUANTITIES),), tf.float64)] * len(variables)
+
+    def _look(self, places, gradients, variables, before):
+        for place, gradient in zip(places, gradients, strict=True):
+            values = tf.cast(gradient, tf.float64)
+            count = tf.cast(tf.maximum(tf.size(values), 1), tf.float64)
+            shares = [values == 0.0, ~tf.math.is_finite(values)]
+            means = [tf.reduce_sum(tf.cast(part, tf.float64)) / count for part in (values, *shares)]
+            place.assign(tf.stack([norm_of([values]), means[0], largest_of(values), *means[1:]]))
+
+
+class CaptureGradients(_PeriodicCallback):
+    """Takes the gradients themselves to the host, as NumPy arrays.
+
+    They are those of the very step, as they reach this callback: put it before callbacks that change gradients,
+    or after, or both. All are kept until the next run, so mind the memory.
+
+    Args:
+        every: at every how many steps; compiled chunks of steps end there.
+
+    Attributes:
+        steps: the k steps of the last run that were looked at, an array of shape (k,).
+        gradients: for each variable, by its path, an array of the shape (k, ...) and the dtype of the variable.
+
+    Raises:
+        TypeError: `every` is not an integer.
+        ValueError: `every` is below 1.
+
+    Example:
+        >>> import tapekit as tk, tensorflow as tf
+        >>> x = tf.Variable([0.0, 3.0], name="x")
+        >>> capture = tk.callbacks.CaptureGradients(every=2)
+        >>> loop = tk.OptimizationLoop("sgd", max_iterations=5)
+        >>> result = loop.minimize(lambda: tf.reduce_sum((x - 4.0) ** 2), [x], callbacks=[capture])
+        >>> print(capture.steps, capture.gradients["x"].shape)
+        [2 4] (2, 2)
+        >>> print(capture.gradients["x"][0])
+        [-7.84 -1.96]
+    """
+
+    @property
+    def gradients(self) -> dict[str, np.ndarray]:
+        """The gradients by variable, arrays of shape (k, ...)."""
+        return dict(self._columns())
+
+    def _shapes(self, variables):
+        return [(variable.shape, variable.dtype) for variable in variables]
+
+    def _look(self, places, gradients, variables, before):
+        for place, gradient in zip(places, gradients, strict=True):
+            place.assign(gradient)
