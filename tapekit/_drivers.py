@@ -17,7 +17,7 @@ from keras import tree
 from tapekit._describe import describe, shape_and_dtype
 from tapekit._objective import Objective, read_variables, tf_variable, used_variables
 from tapekit._optimizers import Updater, all_finite
-from tapekit.steps import Problem, Step
+from tapekit.steps import RAISING, Problem, Step
 from tapekit.stopping import Criterion
 
 logger = logging.getLogger("tapekit")
@@ -95,7 +95,8 @@ class StepBody:
 
     def __call__(self, state: State, seconds: Any) -> tuple[State, dict[str, Any], Any]:
         """Makes one step and returns the next state, the row to record and the criteria that fired."""
-        problem = Problem(self.objective, self.updater, self.variables, self._hooks, self.allow_unused)
+        names = {*self._measures, *(name for name in _RECORDED if name in self.needs)}
+        problem = Problem(self.objective, self.updater, self.variables, self._hooks, self.allow_unused, names)
         before = [tf.identity(tf_variable(v)) for v in self.variables] if "variables_change" in self.needs else []
         taken = self.step.take(problem)
         if not isinstance(taken, Mapping) or "loss" not in taken:
@@ -149,7 +150,11 @@ class StepBody:
     def _add(self, row: dict[str, Any], argument: str, name: str, value: Any) -> None:
         if name in row:
             raise ValueError(f"`{argument}` must not use the name {name!r}, which the logs have already.")
+        if value is None or isinstance(value, str):
+            raise TypeError(f"`{argument}` must give numeric tensors, received {describe(value)} under {name!r}.")
         row[name] = tf.convert_to_tensor(tf_variable(value))
+        if not (row[name].dtype.is_bool or (row[name].dtype.is_numpy_compatible and row[name].dtype != tf.string)):
+            raise TypeError(f"`{argument}` must give numeric tensors, received {describe(row[name])} under {name!r}.")
         if not row[name].shape.is_fully_defined():
             raise ValueError(
                 f"`{argument}` must give tensors of a fixed shape, received {name!r} of {shape_and_dtype(row[name])}."
@@ -257,6 +262,10 @@ class Driver:
 class EagerDriver(Driver):
     """Runs every op from Python, so that a debugger or a print inside the objective works."""
 
+    def __init__(self, body: StepBody, longest: int) -> None:
+        super().__init__(body, longest)
+        self._shapes: dict[str, tuple[int, ...]] = {}
+
     def begin(self) -> State:
         """Returns the initial state as tensors."""
         return tree.map_structure(tf.convert_to_tensor, self.body.initial)
@@ -265,23 +274,40 @@ class EagerDriver(Driver):
         """Returns the state as Python numbers and NumPy arrays."""
         return tree.map_structure(lambda leaf: _number(leaf.numpy()), state)
 
+    def limit(self) -> int:
+        """Returns 1: an error in a later step then loses nothing of an earlier one."""
+        return 1
+
     def advance(self, state: State, limit: int, seconds: float) -> Advance:
-        """Takes the steps one by one."""
-        started = time.perf_counter()
-        clock = tf.constant(seconds, tf.float64)
-        rows: list[dict[str, np.ndarray]] = []
-        fired = 0
-        while len(rows) < limit and not fired:
-            state, row, code = self.body(state, clock)
-            rows.append({name: value.numpy() for name, value in row.items()})
-            fired = int(code)
-        self._pace.observe(len(rows), time.perf_counter() - started)
-        columns = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
-        return Advance(state, len(rows), fired, int(state.evaluations), columns, None)
+        """Takes one step, or none at all if anything in it raises."""
+        self.body.updater.save(self.body.variables)
+        try:
+            state, row, fired = self.body(state, tf.constant(seconds, tf.float64))
+            self._check_shapes({name: tuple(value.shape) for name, value in row.items()})
+        except BaseException:
+            self.body.updater.roll_back()
+            raise
+        columns = {name: value.numpy()[None] for name, value in row.items()}
+        return Advance(state, 1, int(fired), int(state.evaluations), columns, None)
+
+    def _check_shapes(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        """Raises if a recorded value has come, gone or changed its shape since the first step."""
+        self._shapes = self._shapes or shapes
+        for name in shapes | self._shapes:
+            before, now = self._shapes.get(name), shapes.get(name)
+            if before != now:
+                raise ValueError(
+                    "`loss` and `measures` must give values of the same names and of a fixed shape at every step,"
+                    f" received {name!r} of {_shape(now)} after {_shape(before)}."
+                )
 
     def evaluate(self) -> float:
         """Evaluates the objective."""
         return float(self.body.objective()[0])
+
+
+def _shape(shape: tuple[int, ...] | None) -> str:
+    return "no value" if shape is None else f"shape {shape}"
 
 
 class _Packed(NamedTuple):
@@ -322,14 +348,17 @@ class CompiledDriver(Driver):
 
     def prepare(self, period: int) -> None:
         """Traces the step if it is not yet."""
-        self._period = min(period, self._longest)
         if self._step is None:
             clock = tf.TensorSpec([], tf.float64)
             specs = [tf.TensorSpec(leaf.shape, leaf.dtype) for leaf in tree.flatten(self.body.initial)]
             self._step = tf.function(self._trace, autograph=False).get_concrete_function(clock, *specs)
-            changed = sorted(_op_types(self._step) & _CHANGED_BY_XLA)
+            types = _op_types(self._step)
+            changed = sorted(types & _CHANGED_BY_XLA)
+            if types & RAISING:
+                self._longest = 1  # so that an error in a later step loses nothing of an earlier one
             if self._jit and not self._strict and changed:
                 self._fall_back(f"it would change the meaning of {', '.join(changed)}")
+        self._period = min(period, self._longest)
         self._key = self._jit, self._capacity()
 
     def _trace(self, seconds: Any, *leaves: Any) -> Any:

@@ -17,7 +17,7 @@ from tapekit import stopping as _stopping
 from tapekit._config import Configurable
 from tapekit._describe import check_integer, check_real, describe
 from tapekit._drivers import Driver, StepBody, make_driver, required_arguments
-from tapekit._objective import Objective, check_variables
+from tapekit._objective import RESERVED, Objective, check_variables
 from tapekit._optimizers import Updater
 from tapekit._result import OptimizationResult, StopReason
 from tapekit._run import Run
@@ -92,7 +92,9 @@ class OptimizationLoop(Hooks, Configurable):
         self.tolerance = None if tolerance is None else check_real(tolerance, "tolerance", 0)
         self.max_iterations = None if max_iterations is None else check_integer(max_iterations, "max_iterations", 1)
         self.measures = _check_measures(measures)
-        self.run_eagerly = bool(run_eagerly)
+        if not isinstance(run_eagerly, bool):
+            raise TypeError(f"`run_eagerly` must be True or False, received {describe(run_eagerly)}.")
+        self.run_eagerly = run_eagerly
         if jit_compile not in (True, False, "auto"):
             raise ValueError(f'`jit_compile` must be True, False or "auto", received {describe(jit_compile)}.')
         self.jit_compile = jit_compile
@@ -383,6 +385,8 @@ def _check_measures(measures: Any) -> dict[str, Callable[..., Any]]:
     for name, function in measures.items():
         if not isinstance(name, str) or not callable(function):
             raise TypeError(f"{right}, received {describe(function)} under {name!r}.")
+        if name in RESERVED:
+            raise ValueError(f"`measures` must not use the name {name!r}, which the logs have already.")
         if len(set(required_arguments(function)) - {"intermediates"}) > 1:
             raise TypeError(f"{right}, received under {name!r} one of {inspect.signature(function)}.")
     return dict(measures)

@@ -12,7 +12,7 @@ import tensorflow as tf
 
 from tapekit._describe import describe, shape_and_dtype, variable_name
 
-_RESERVED = {"loss", "step", "evaluations", "seconds"}
+RESERVED = {"loss", "step", "evaluations", "seconds"}
 
 
 class Objective:
@@ -78,9 +78,9 @@ def _check_loss(value: Any) -> tf.Tensor:
 
 
 def _check_extra(name: Any, value: Any) -> tf.Tensor:
-    if not isinstance(name, str) or name in _RESERVED:
+    if not isinstance(name, str) or name in RESERVED:
         raise ValueError(
-            f"`loss` must name the values beside the loss by strings other than {', '.join(sorted(_RESERVED))},"
+            f"`loss` must name the values beside the loss by strings other than {', '.join(sorted(RESERVED))},"
             f" received the name {name!r}."
         )
     right = "`loss` must return scalar numbers beside the loss"

@@ -103,6 +103,7 @@ class Updater:
     def __init__(self, optimizer: Any) -> None:
         self.optimizer = _get_optimizer(optimizer)
         self._views: dict[int, tuple[Any, Any]] = {}
+        self._saved: dict[int, tuple[tf.Variable, tf.Tensor]] = {}
 
     def native(self, variables: Sequence[Any]) -> list[Any]:
         """Returns the variables as this optimizer wants them, the same ones at every step."""
@@ -131,6 +132,8 @@ class Updater:
                     self.optimizer.build(list(variables))
             elif hasattr(self.optimizer, "_create_all_weights"):  # the legacy optimizers of tf_keras
                 self.optimizer._create_all_weights(list(variables))
+            if self._saved:
+                self._save(self._slots())
 
     @property
     def scales(self) -> bool:
@@ -181,20 +184,31 @@ class Updater:
             gradients = transform(self.true(gradients) if self._takes_scaled else gradients)
             return self.apply(gradients, targets, *args, **kwargs)
 
-        undo = self._snapshot(variables) if hasattr(self.optimizer, "minimize") and tf.executing_eagerly() else []
         minimize(_Intercepted(self.optimizer, apply_gradients), loss, self.native(variables))
         if not called:
-            for variable, value in undo:
-                variable.assign(value)
             raise TypeError(
                 "`optimizer` must call its apply_gradients in minimize for MinimizeStep, which"
                 f" {describe(self.optimizer)} does not; use TapeStep."
             )
 
-    def _snapshot(self, variables: Sequence[Any]) -> list[tuple[Any, tf.Tensor]]:
+    def save(self, variables: Sequence[Any]) -> None:
+        """Remembers the values of variables and slots, for `roll_back`."""
+        self._saved = {}
+        self._save([*variables, *self._slots()])
+
+    def roll_back(self) -> None:
+        """Gives the variables and slots the values that they had at `save`, or were made with since."""
+        for variable, value in self._saved.values():
+            variable.assign(value)
+
+    def _save(self, variables: Sequence[Any]) -> None:
+        for variable in map(tf_variable, variables):
+            if isinstance(variable, tf.Variable):
+                self._saved.setdefault(id(variable), (variable, tf.identity(variable)))
+
+    def _slots(self) -> list[Any]:
         slots = getattr(self.optimizer, "variables", ())
-        found = [*variables, *tf.nest.flatten(slots() if callable(slots) else slots)]
-        return [(v, tf.identity(tf_variable(v))) for v in found if isinstance(v, (tf.Variable, keras.Variable))]
+        return tf.nest.flatten(slots() if callable(slots) else slots)
 
 
 class _Intercepted:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from keras import tree
 
-from tapekit._drivers import Advance, Driver
+from tapekit._drivers import Advance, Driver, logger
 from tapekit._objective import keras_variable, tf_variable
 from tapekit._records import Records, row
 from tapekit._result import OptimizationResult, StopReason
@@ -67,8 +67,8 @@ class Run:
         for callback in self._callbacks:
             if isinstance(callback, Callback):
                 callback.loop = loop
-            callback.set_params({"epochs": None, "steps": self._steps_per_epoch, "verbose": 0})
             callback.set_model(self._model)
+            callback.set_params({"epochs": None, "steps": self._steps_per_epoch, "verbose": 0})
         self._driver.body.step.reset()
         self.dispatch.train("on_train_begin")
         self._driver.prepare(self._period)
@@ -147,7 +147,10 @@ class Run:
         """Notes the exception that has ended the run, and lets everyone close what is open."""
         self.explanation = StopReason.ERROR, f"{type(error).__name__} after step {self.step}: {error}"
         if not self._closed:
-            self._close(self.logs)
+            try:
+                self._close(self.logs)
+            except Exception:  # the first error is the one that the user must see
+                logger.exception("on_train_end has raised too, after the error that ended the run:")
 
     def _close(self, logs: dict[str, Any]) -> None:
         self._closed = True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -59,6 +59,7 @@ class Problem:
         variables: list[Any],
         hooks: Sequence[Callable[..., Any]] = (),
         allow_unused: bool = False,
+        taken_names: Collection[str] = (),
     ) -> None:
         self.variables = variables
         self.gradients: list[Any] | None = None
@@ -69,6 +70,7 @@ class Problem:
         self._updater = updater
         self._hooks = hooks
         self._allow_unused = allow_unused
+        self._taken_names = taken_names
 
     def evaluate(self) -> dict[str, tf.Tensor]:
         """Evaluates the objective.
@@ -77,6 +79,12 @@ class Problem:
             The logs: `"loss"`, a scalar tensor, and what the objective returns beside it.
         """
         loss, extras = self._objective()
+        clashing = [name for name in extras if name in self._taken_names]
+        if clashing:
+            raise ValueError(
+                "`measures` and criteria must record under names that differ from those of the values beside the loss,"
+                f" received the name {clashing[0]!r} twice."
+            )
         self.evaluations += 1
         return {"loss": loss, **extras}
 
@@ -127,8 +135,8 @@ class Problem:
             TypeError: a hook returned something else than a list or a dict of gradients.
             ValueError: a hook returned gradients of another number, name, shape or dtype.
         """
-        self.gradients = list(gradients)
-        gradients = list(gradients)
+        self.gradients = _after_checks(gradients)
+        gradients = list(self.gradients)
         with recording(self.recorded):
             for hook in self._hooks:
                 offered = asks_for_intermediates(hook) or (self.intermediates and _takes_intermediates(hook))
@@ -171,6 +179,21 @@ class Problem:
 
         self._updater.minimize(loss, self.variables, transform)
         return logs
+
+
+# What may raise inside the objective, and must do so before anything is updated.
+RAISING = {"Assert", "CheckNumerics", "CheckNumericsV2", "EagerPyFunc", "PyFunc", "PyFuncStateless"}
+_CALLS = {"Case", "If", "PartitionedCall", "StatefulPartitionedCall", "StatelessIf", "StatelessWhile", "While"}
+
+
+def _after_checks(gradients: Sequence[Any]) -> list[Any]:
+    """Returns the gradients, which in a graph wait for the checks of the objective."""
+    if tf.executing_eagerly():
+        return list(gradients)
+    graph: Any = tf.compat.v1.get_default_graph()
+    checks = [op for op in graph.get_operations() if op.type in RAISING | _CALLS]
+    with tf.control_dependencies(checks):
+        return [map_values(tf.identity, gradient) for gradient in gradients] if checks else list(gradients)
 
 
 def _chosen(named: dict[str, Any], names: bool | Sequence[str]) -> dict[str, Any]:

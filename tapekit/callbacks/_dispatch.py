@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -70,10 +71,15 @@ class Dispatch:
                 yield _Registration(call, every, replayable, type(owner) not in _NEVER_STOP)
 
     def train(self, hook: str, logs: dict[str, Any] | None = None) -> None:
-        """Calls `on_train_begin` or `on_train_end` of everyone."""
-        for owner in self._owners:
-            if call := overridden(owner, hook):
+        """Calls `on_train_begin` or `on_train_end` of everyone, the latter also if one of them raises."""
+        calls = [call for owner in self._owners if (call := overridden(owner, hook))]
+        if hook == "on_train_begin":
+            for call in calls:
                 call(logs or {})
+            return
+        with contextlib.ExitStack() as stack:
+            for call in reversed(calls):
+                stack.callback(call, logs or {})
 
     def steps_to_edge(self, step: int, at_most: int) -> int:
         """Returns how many steps may follow `step` before somebody needs the host."""
