@@ -293,13 +293,16 @@ class EagerDriver(Driver):
     def _check_shapes(self, shapes: dict[str, tuple[int, ...]]) -> None:
         """Raises if a recorded value has come, gone or changed its shape since the first step."""
         self._shapes = self._shapes or shapes
-        for name in shapes | self._shapes:
-            before, now = self._shapes.get(name), shapes.get(name)
-            if before != now:
-                raise ValueError(
-                    "`loss` and `measures` must give values of the same names and of a fixed shape at every step,"
-                    f" received {name!r} of {_shape(now)} after {_shape(before)}."
-                )
+        changes = [
+            f"{name!r} of {_shape(shapes.get(name))} after {_shape(self._shapes.get(name))}"
+            for name in shapes | self._shapes
+            if shapes.get(name) != self._shapes.get(name)
+        ]
+        if changes:
+            raise ValueError(
+                "`loss` and `measures` must give values of the same names and of a fixed shape at every step, received"
+                f" {' and '.join(changes)}."
+            )
 
     def evaluate(self) -> float:
         """Evaluates the objective."""
