@@ -100,15 +100,25 @@ def tf_variable(variable: Any) -> Any:
     return variable.value if isinstance(variable, keras.Variable) else variable
 
 
+class _SharedVariable(keras.Variable):
+    """A `keras.Variable` that makes no storage but shares that of a `tf.Variable`."""
+
+    def __init__(self, variable: tf.Variable) -> None:
+        self._shared = variable
+        name = variable_name(variable).replace("/", "_")
+        super().__init__("zeros", variable.shape, variable.dtype.name, trainable=variable.trainable, name=name)
+        self.constraint = variable.constraint
+
+    def _initialize(self, value: Any) -> None:
+        self._value = self._shared
+
+    def _initialize_with_initializer(self, initializer: Any) -> None:
+        self._value = self._shared
+
+
 def keras_variable(variable: Any) -> keras.Variable:
     """Returns a `keras.Variable` that shares the storage of a `tf.Variable`, or the argument itself."""
-    if isinstance(variable, keras.Variable):
-        return variable
-    name = variable_name(variable).replace("/", "_")
-    view = keras.Variable("zeros", variable.shape, variable.dtype.name, trainable=variable.trainable, name=name)
-    view._value = variable  # older Keras copies a variable that it is given as a value
-    view.constraint = variable.constraint
-    return view
+    return variable if isinstance(variable, keras.Variable) else _SharedVariable(variable)
 
 
 def check_variables(structure: Any) -> list[Any]:
