@@ -192,7 +192,7 @@ def test_float32_and_float64_variables_are_minimized_together(name):
     assert [ours["variable 0"].dtype, ours["variable 1"].dtype] == list(dtypes)
 
 
-class _Choosy(KO.SGD):
+class Choosy(KO.SGD):
     """Reads attributes of `keras.Variable` that `tf.Variable` does not have."""
 
     def build(self, var_list):
@@ -201,7 +201,7 @@ class _Choosy(KO.SGD):
 
 
 @pytest.mark.parametrize("step", ["tape", "minimize"])
-@pytest.mark.parametrize("make", [_Choosy, *(KO.Muon for _ in range(hasattr(KO, "Muon")))])
+@pytest.mark.parametrize("make", [Choosy, *(KO.Muon for _ in range(hasattr(KO, "Muon")))])
 def test_optimizers_that_read_the_path_of_a_variable_take_tf_variables(make, step):
     dtypes = "float32", "float32"
     ours = _run(make, step, "eager", lambda: _problem((_tf, _tf), dtypes))
@@ -380,17 +380,6 @@ class _MinimizingBackwards(_Minimizing):
         return reversed(list(zip(gradients, variables, strict=True)))
 
 
-class _MinimizingWithOptions(_Minimizing):
-    def minimize(self, loss, variables):
-        with tf.GradientTape() as tape:
-            value = loss()
-        self.apply_gradients(zip(tape.gradient(value, variables), variables, strict=True), rate=0.25)
-
-    def apply_gradients(self, grads_and_vars, rate=0.25):
-        self.rate = rate
-        super().apply_gradients(grads_and_vars)
-
-
 class _MinimizingTwice(_Minimizing):
     def minimize(self, loss, variables):
         super().minimize(loss, variables)
@@ -414,7 +403,6 @@ DUCKS = (
     _MinimizingBySuper,
     _MinimizingByAnother,
     _MinimizingBackwards,
-    _MinimizingWithOptions,
     _MinimizingTwice,
     _Wrapper,
 )
@@ -437,6 +425,24 @@ def test_any_object_with_apply_gradients_is_an_optimizer_for_both_strategies(duc
     np.testing.assert_array_equal(tape.x, minimize.x)
     np.testing.assert_array_equal(tape_saw, minimize_saw)
     assert tape_saw[0] == -8.0
+
+
+class _MinimizingWithOptions(_Descent):
+    def minimize(self, loss, variables):
+        with tf.GradientTape() as tape:
+            value = loss()
+        self.apply_gradients(zip(tape.gradient(value, variables), variables, strict=True), rate=0.5)
+
+    def apply_gradients(self, grads_and_vars, rate=0.25):
+        self.rate = rate
+        super().apply_gradients(grads_and_vars)
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_what_minimize_gives_apply_gradients_beside_the_gradients_arrives(driver):
+    x = tf.Variable(0.0)
+    loop = tk.OptimizationLoop(_MinimizingWithOptions(), step="minimize", max_iterations=1, **DRIVERS[driver])
+    assert loop.minimize(lambda: (x - 4.0) ** 2, [x]).x == 4.0
 
 
 def _one_and_two():
