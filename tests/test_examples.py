@@ -43,6 +43,15 @@ PRINTED = {
         ),
         (r"^the losses of SAM agree at every step between the drivers to (?:\de-1[3-9]|0e\+00)$", ()),
     ],
+    "grad_cam": [
+        (r"^loss 0\.\d+; (?:8[5-9]|9\d)\.\d % of 1000 unseen digits are found$", ()),
+        (
+            r"^digits \[(?:\d ?){4}\]: mean heat on their ink 0\.[3-9]\d, on the other's 0\.[01]\d, on none 0\.[0-2]\d\n"
+            r"digits \[(?:\d ?){4}\]: mean heat on their ink 0\.[3-9]\d, on the other's 0\.[01]\d, on none 0\.[0-2]\d$",
+            (),
+        ),
+        (r"^the picture is \S+grad_cam\.png$", ()),
+    ],
 }
 
 
