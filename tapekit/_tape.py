@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import keras
-import numpy as np
 import tensorflow as tf
+from keras import tree
 
-from tapekit._describe import describe, unique_names, variable_name
+from tapekit._describe import describe, shape_and_dtype, unique_names
+from tapekit._explain import Seen, components, differentiable, explain, native
 
-_NONE = tf.UnconnectedGradients.NONE
+_NONE, _ZERO = tf.UnconnectedGradients.NONE, tf.UnconnectedGradients.ZERO
+_NATIVE = tf.Tensor, tf.Variable
 _collector: contextvars.ContextVar[Callable[[str, Any], None] | None] = contextvars.ContextVar(
     "collector", default=None
 )
@@ -84,19 +84,22 @@ class Intermediates:
     def __init__(self, watch: Callable[[Any], None]) -> None:
         self.values: dict[str, Any] = {}
         self._watch = watch
+        self._graph = _graph()
 
     def add(self, name: str, value: Any) -> None:
         """Adds a named value and watches it."""
         if not isinstance(name, str):
             raise TypeError(f"`name` must be a string, received {describe(name)}.")
+        if _graph() is not self._graph:
+            raise ValueError(
+                f"`value` of {name!r} must not be named inside a tf.function, branch or loop, which the tape sees as"
+                " one op from outside: name it outside, or open the tape inside."
+            )
         if name in self.values:
             raise ValueError(f"`name` must be new in an evaluation, received {name!r} for the second time.")
-        leaves = [value] if isinstance(value, tf.Tensor) else tf.nest.flatten(value)
-        for leaf in leaves:
-            if not isinstance(leaf, (tf.Tensor, tf.Variable, keras.Variable)):
-                raise TypeError(f"`value` of {name!r} must be a tensor or hold tensors, received {describe(leaf)}.")
-        self._watch([native(leaf) for leaf in leaves if _differentiable(leaf)])
-        self.values[name] = value
+        values = _natives(f"`value` of {name!r}", value)
+        self._watch([part for part in components(values) if differentiable(part)])
+        self.values[name] = values
 
 
 class PersistentTape:
@@ -144,14 +147,12 @@ class PersistentTape:
 
     def __exit__(self, kind: Any, value: Any, traceback: Any) -> None:
         tape, self._tape = self._tape, None
-        _collector.reset(self._token)
-        if kind is not None:
-            tape.reset()  # a traceback may keep the tape, but not what it has recorded
         tape.__exit__(kind, value, traceback)
-        del self._intermediates, self._watched
+        tape._tape = None  # a traceback may keep the tape, but not what it has recorded
+        _collector.reset(self._token)
+        del self._intermediates, self._watched, self._token  # the token would keep what was there before the block
 
-    @property
-    def _open(self) -> tf.GradientTape:
+    def _open(self) -> Any:
         if self._tape is None:
             if self._entered:
                 raise TapeReleasedError(
@@ -168,16 +169,19 @@ class PersistentTape:
             tensor: a tensor, `tf.Variable` or `keras.Variable` of float or complex dtype, or a nested
                 structure of them.
         """
-        self._open.watch(_native(tensor))
-        self._watched += [native(leaf) for leaf in tf.nest.flatten(tensor)]
+        tape = self._open()
+        _natives("`tensor`", tensor)
+        watched = components(tensor)
+        tape.watch(watched)
+        self._watched += watched
 
     def watched_variables(self) -> tuple[tf.Variable, ...]:
-        """Returns the variables that are watched, in the order of their first use."""
-        return self._open.watched_variables()
+        """Returns the variables that are watched, in the order in which they were made."""
+        return self._open().watched_variables()
 
     def intermediate(self, name: str, value: Any) -> Any:
         """Names a value and returns it unchanged; see `tapekit.intermediate`."""
-        assert self._open
+        self._open()
         self._intermediates.add(name, value)
         return value
 
@@ -207,17 +211,34 @@ class PersistentTape:
             ValueError: `target` or `sources` is empty; or a gradient does not exist and `unconnected="raise"`.
             TapeReleasedError: the block has ended.
         """
-        tape = self._open
-        if unconnected not in (None, "raise"):
+        if unconnected is not None:
+            return self._connected_gradient(target, sources, output_gradients, unconnected_gradients, unconnected)
+        if not isinstance(target, _NATIVE):
+            if not tf.nest.flatten(target):
+                raise ValueError(f"`target` must hold at least one tensor, received {describe(target)}.")
+            target = _natives("`target`", target)
+        if not isinstance(sources, _NATIVE):
+            sources = _natives("`sources`", sources)
+        if output_gradients is not None:
+            output_gradients = tf.nest.map_structure(native, output_gradients)
+        tape = self._tape or self._open()
+        if not tape._recording:  # inside the caller's own stop_recording
+            return tape.gradient(target, sources, output_gradients, unconnected_gradients)
+        tape._pop_tape()  # as _paused does, whose generator takes as long as an op
+        try:
+            return tape.gradient(target, sources, output_gradients, unconnected_gradients)
+        finally:
+            tape._push_tape()
+
+    def _connected_gradient(self, target: Any, sources: Any, factors: Any, replacement: Any, unconnected: str) -> Any:
+        if unconnected != "raise":
             raise ValueError(f'`unconnected` must be None or "raise", received {describe(unconnected)}.')
-        _check_not_empty("target", target)
-        _check_not_empty("sources", sources)
-        with _paused(tape):
-            gradients = tape.gradient(_native(target), _native(sources), output_gradients, unconnected_gradients)
-        if unconnected == "raise":
-            for source, gradient in zip(tf.nest.flatten(sources), tf.nest.flatten(gradients), strict=True):
-                if gradient is None:
-                    raise ValueError(self.explain(target, source))
+        if tf.UnconnectedGradients(replacement) is _ZERO:
+            raise ValueError('`unconnected_gradients` must be NONE with unconnected="raise", received ZERO.')
+        gradients = self.gradient(target, sources, factors)
+        for source, gradient in zip(tf.nest.flatten(sources), tf.nest.flatten(gradients), strict=True):
+            if gradient is None:
+                raise ValueError(self.explain(target, source))
         return gradients
 
     def gradients(self, target: Any) -> dict[str, Any]:
@@ -233,7 +254,7 @@ class PersistentTape:
         Raises:
             ValueError: an intermediate has the name of a variable.
         """
-        variables = self._open.watched_variables()
+        variables = self._open().watched_variables()
         sources = dict(self._intermediates.values)
         for name, variable in zip(unique_names(variables), variables, strict=True):
             if name in sources:
@@ -260,11 +281,10 @@ class PersistentTape:
             parallel_iterations: how many iterations may run in parallel, at a cost in memory.
             experimental_use_pfor: whether to vectorize the computation.
         """
-        tape = self._open
-        with _paused(tape):
-            return tape.jacobian(
-                _native(target), _native(sources), unconnected_gradients, parallel_iterations, experimental_use_pfor
-            )
+        target, sources = _natives("`target`", target), _natives("`sources`", sources)
+        options = unconnected_gradients, parallel_iterations, experimental_use_pfor
+        with self._paused() as tape:
+            return tape.jacobian(target, sources, *options)
 
     def batch_jacobian(
         self,
@@ -283,11 +303,16 @@ class PersistentTape:
             parallel_iterations: see `jacobian`.
             experimental_use_pfor: see `jacobian`.
         """
-        tape = self._open
-        with _paused(tape):
-            return tape.batch_jacobian(
-                _native(target), _native(source), unconnected_gradients, parallel_iterations, experimental_use_pfor
-            )
+        target, source = _natives("`target`", target), _natives("`source`", source)
+        options = unconnected_gradients, parallel_iterations, experimental_use_pfor
+        with self._paused() as tape:
+            return tape.batch_jacobian(target, source, *options)
+
+    @contextlib.contextmanager
+    def _paused(self) -> Iterator[Any]:
+        tape = self._open()
+        with tape.stop_recording() if tape._recording else contextlib.nullcontext():
+            yield tape
 
     def hessian(self, target: Any, source: Any) -> tf.Tensor:
         """Returns the matrix of second derivatives, H_ij = d^2 target / (d source_i d source_j).
@@ -312,8 +337,9 @@ class PersistentTape:
             >>> hessian.numpy().tolist()
             [[4.0, 2.0], [2.0, 0.0]]
         """
-        gradient = self._recorded_gradient(target, source)
-        return self.jacobian(gradient, source, tf.UnconnectedGradients.ZERO)
+        if not tf.is_tensor(source):
+            raise TypeError(f"`source` must be a tensor or a variable, received {describe(source)}.")
+        return self.jacobian(self._recorded_gradient(target, source), source, _ZERO)
 
     def hessian_vector_product(self, target: Any, source: Any, vector: Any) -> Any:
         """Returns the product of the Hessian and a vector without the Hessian: H v = d (g . v) / d source.
@@ -341,29 +367,36 @@ class PersistentTape:
             [4.0, 2.0]
         """
         gradient = self._recorded_gradient(target, source)
-        return self.gradient(gradient, source, vector, tf.UnconnectedGradients.ZERO)
+        vector = tree.map_structure_up_to(gradient, _like, gradient, vector)
+        return self.gradient(gradient, source, vector, _ZERO)
 
     def _recorded_gradient(self, target: Any, source: Any) -> Any:
-        tape = self._open
+        tape = self._open()
         if not isinstance(target, tf.Tensor) or target.shape.rank != 0:
             raise ValueError(f"`target` must be a scalar tensor, received {describe(target)}.")
-        with _without_the_warning():
-            gradient = tape.gradient(target, _native(source))
-        for leaf, found in zip(tf.nest.flatten(source), tf.nest.flatten(gradient), strict=True):
-            if found is None:
-                raise ValueError(self.explain(target, leaf))
-        return tf.nest.map_structure(tf.convert_to_tensor, gradient)
+        source = _natives("`source`", source)
+        with tape._ensure_recording():
+            tape._recording = False  # else TensorFlow advises against recording, which a second derivative needs
+            try:
+                gradient = tape.gradient(target, source)
+                for leaf, found in zip(tf.nest.flatten(source), tf.nest.flatten(gradient), strict=True):
+                    if found is None:
+                        raise ValueError(self.explain(target, leaf))
+                return tf.nest.map_structure(tf.convert_to_tensor, gradient)
+            finally:
+                tape._recording = True
 
     def stop_recording(self) -> contextlib.AbstractContextManager[None]:
         """Returns a context in which nothing is recorded."""
-        return self._open.stop_recording()
+        return self._open().stop_recording()
 
     def reset(self) -> None:
         """Forgets everything that has been recorded and named so far."""
-        self._open.reset()
+        self._open().reset()
         self._intermediates.values.clear()
         self._watched.clear()
 
+    @tf.autograph.experimental.do_not_convert
     def explain(self, target: Any, source: Any) -> str:
         """Returns why the gradient of `target` with respect to `source` is None, in a sentence.
 
@@ -378,162 +411,41 @@ class PersistentTape:
 
         Example:
             >>> import tapekit as tk, tensorflow as tf
-            >>> count = tf.Variable(3)
+            >>> count = tf.Variable(3, name="count")
             >>> with tk.PersistentTape() as tape:
             ...     print(tape.explain(tf.cast(count, tf.float32) ** 2, count))
-            the source is of integer type int32, and no gradient flows through integers: make it a float
+            the variable 'count' is of integer type int32, and no gradient flows through integers: make it a float
         """
-        tape = self._open
-        if not isinstance(source, (tf.Tensor, tf.Variable, keras.Variable)):
-            raise TypeError(f"`source` must be a tensor or a variable, received {describe(source)}.")
-        return _explain_ends(target, source) or self._explain_source(tape, source) or self._explain_path(target, source)
-
-    def _explain_source(self, tape: tf.GradientTape, source: Any) -> str | None:
-        """Says why the tape does not know the source, if it does not."""
-        known = native(source)
-        if any(known is other for other in (*tape.watched_variables(), *self._watched)):
-            return None
-        if isinstance(known, tf.Variable):
-            name = repr(variable_name(source))
-            if not known.trainable:
-                return f"the variable {name} is not trainable, so it is not watched: call tape.watch on it first"
-            if not self._watch_accessed_variables:
-                return f"the variable {name} is not watched, as watch_accessed_variables=False: call tape.watch on it"
-            return f"the variable {name} was not read inside the block: compute the target from it there"
-        if self._depends(source):
-            return None
-        return (
-            "the source is a constant to the tape, which does not watch it: it was made before the block, or inside"
-            " from nothing that is watched; call tape.watch on it before its use"
-        )
-
-    def _depends(self, target: Any) -> bool:
-        """Whether a tensor was computed from anything that the tape watches."""
-        watched = [*self._open.watched_variables(), *self._watched]
-        watched += [native(leaf) for leaf in tf.nest.flatten(self._intermediates.values)]
-        if not watched:
-            return False
-        with _paused(self._open):
-            return any(gradient is not None for gradient in self._open.gradient(target, watched))
-
-    def _explain_path(self, target: Any, source: Any) -> str:
-        with _paused(self._open):
-            (gradient,) = self._open.gradient(_native(target), [native(source)])
-        if gradient is not None:
-            return "the gradient is not None: the target depends on the source"
-        broken = _break_in_graph(target, source)
-        if broken is not None:
-            return broken
-        causes = (
-            "its path passes tf.stop_gradient, NumPy or Python, an integer or an op without a gradient, or the source"
-            " is an output of the tf.function that computed the target from a copy inside: the tape cannot tell which"
-        )
-        what = "does not use the source" if self._depends(target) else "depends on nothing that is watched"
-        return f"the target {what}, as far as the tape saw; perhaps {causes}"
+        tape = self._open()
+        named = self._intermediates.values
+        watched = [*tape.watched_variables(), *self._watched, *components(named)]
+        return explain(Seen(self.gradient, watched, named, self._watch_accessed_variables), target, source)
 
 
-def native(variable: Any) -> Any:
-    """Returns the `tf.Variable` that a `keras.Variable` holds, or the argument itself."""
-    return variable.value if isinstance(variable, keras.Variable) else variable
+def _graph() -> Any:
+    return None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
 
 
-def _native(structure: Any) -> Any:
-    if isinstance(structure, (tf.Tensor, tf.Variable)):
+def _natives(name: str, structure: Any) -> Any:
+    """Returns a structure of tensors and variables as TensorFlow takes them, or raises."""
+    if isinstance(structure, _NATIVE):
         return structure
-    return tf.nest.map_structure(native, structure)
+    if type(structure) is list:
+        return [leaf if isinstance(leaf, _NATIVE) else _natives(name, leaf) for leaf in structure]
+
+    def convert(leaf: Any) -> Any:
+        if not tf.is_tensor(leaf):
+            raise TypeError(f"{name} must be a tensor or variable, or hold them, received {describe(leaf)}.")
+        return native(leaf)
+
+    return tf.nest.map_structure(convert, structure)
 
 
-def _differentiable(value: Any) -> bool:
-    dtype = tf.as_dtype(value.dtype)
-    return dtype.is_floating or dtype.is_complex
-
-
-def _check_not_empty(name: str, structure: Any) -> None:
-    if isinstance(structure, (list, tuple, dict)) and not tf.nest.flatten(structure):
-        raise ValueError(f"`{name}` must hold at least one tensor, received {describe(structure)}.")
-
-
-def _paused(tape: Any) -> contextlib.AbstractContextManager[None]:
-    # inside the caller's own stop_recording there is nothing to pause
-    return tape.stop_recording() if tape._recording else contextlib.nullcontext()
-
-
-@contextlib.contextmanager
-def _without_the_warning() -> Iterator[None]:
-    """Silences TensorFlow's advice against recording a gradient, which a second derivative needs."""
-
-    def keep(record: logging.LogRecord) -> bool:
-        return "GradientTape.gradient on a persistent tape" not in record.getMessage()
-
-    logger = tf.get_logger()
-    logger.addFilter(keep)
+def _like(gradient: tf.Tensor, vector: Any) -> tf.Tensor:
     try:
-        yield
-    finally:
-        logger.removeFilter(keep)
-
-
-def _explain_ends(target: Any, source: Any) -> str | None:
-    for leaf in tf.nest.flatten(target):
-        if isinstance(leaf, (np.ndarray, np.generic, int, float)):
-            return (
-                f"the target is {describe(leaf)}: it passed through NumPy or Python, which a tape does not see; keep it"
-                " a tensor"
-            )
-    for what, leaf in (("source", source), *(("target", leaf) for leaf in tf.nest.flatten(target))):
-        dtype = tf.as_dtype(leaf.dtype)
-        if not _differentiable(leaf):
-            kind = "integer type" if dtype.is_integer else "type"
-            through = "integers" if dtype.is_integer else "it"
-            return f"the {what} is of {kind} {dtype.name}, and no gradient flows through {through}: make it a float"
-    return None
-
-
-_BREAKS = {
-    "StopGradient": "tf.stop_gradient",
-    "PreventGradient": "an op that prevents gradients",
-    "PyFunc": "tf.numpy_function, that is NumPy,",
-    "PyFuncStateless": "tf.numpy_function, that is NumPy,",
-}
-
-
-def _break_in_graph(target: Any, source: Any) -> str | None:
-    """Looks for what breaks the path in the graph of a tf.function; eager tensors have no graph to look at."""
-    target, source = tf.nest.flatten(target)[0], native(source)
-    if tf.executing_eagerly() or not hasattr(target, "op"):
-        return None
-    origin = _in_graph(target.graph, source)
-    if origin is None:
-        return "the target does not use the source"
-    ancestors = _ancestors(target.op)
-    if origin.op not in ancestors:
-        return "the target does not use the source"
-    if origin.op.type in ("PartitionedCall", "StatefulPartitionedCall") and target.op is origin.op:
-        return (
-            "the source is an output of the tf.function that computed the target, which used its own copy inside: take"
-            " the gradient inside that function"
-        )
-    for op in sorted(ancestors, key=lambda op: op.name):
-        if origin.op in _ancestors(op) and op is not origin.op:
-            integer = op.outputs and not any(_differentiable(output) for output in op.outputs)
-            through = _BREAKS.get(op.type) or (f"integers, in the op {op.name!r}," if integer else None)
-            if through:
-                return f"the path from the source to the target passes through {through} which stops the gradient"
-    return None
-
-
-def _in_graph(graph: Any, source: Any) -> Any:
-    """The tensor of a graph that stands for a tensor or variable from outside of it."""
-    if not isinstance(source, tf.Variable):
-        return source if hasattr(source, "op") else None
-    return next((inner for outer, inner in graph.captures if outer is source.handle), None)
-
-
-def _ancestors(op: Any) -> set[Any]:
-    found, waiting = {op}, [op]
-    while waiting:
-        for tensor in waiting.pop().inputs:
-            if tensor.op not in found:
-                found.add(tensor.op)
-                waiting.append(tensor.op)
-    return found
+        vector = tf.convert_to_tensor(native(vector), gradient.dtype)
+    except (TypeError, ValueError):
+        raise TypeError(f"`vector` must be of dtype {gradient.dtype.name}, received {describe(vector)}.") from None
+    if not vector.shape.is_compatible_with(gradient.shape):
+        raise ValueError(f"`vector` must be of {shape_and_dtype(gradient)}, received {describe(vector)}.")
+    return vector
