@@ -197,26 +197,16 @@ def _after_checks(gradients: Sequence[Any]) -> list[Any]:
 
 
 def _chosen(named: dict[str, Any], names: bool | Sequence[str]) -> dict[str, Any]:
-    """Returns the intermediates that are asked for, or raises if a gradient cannot reach them."""
-    right = "`intermediates` must be names that `loss` gives with tapekit.intermediate"
+    """Returns the intermediates that are asked for, or raises if one of them, or every one, is missing."""
     unknown = [] if isinstance(names, bool) else [name for name in names if name not in named]
     if unknown or (names is True and not named):
         received = ", ".join(unknown) or "True"
         hint = "" if named else "; those given inside a tf.function are not seen"
-        raise ValueError(f"{right} ({', '.join(named) or 'none'}), received {received}{hint}.")
-    chosen = named if isinstance(names, bool) else {name: named[name] for name in names}
-    here = None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
-    inside = [
-        name
-        for name, value in chosen.items()
-        if any(getattr(leaf, "graph", here) is not here for leaf in tree.flatten(value))
-    ]
-    if inside:
         raise ValueError(
-            f"{right} outside of any tf.function, tf.map_fn or loop, whose insides no tape sees from outside, unlike"
-            f" {', '.join(inside)}."
+            f"`intermediates` must be names that `loss` gives with tapekit.intermediate ({', '.join(named) or 'none'}),"
+            f" received {received}{hint}."
         )
-    return chosen
+    return named if isinstance(names, bool) else {name: named[name] for name in names}
 
 
 def _check_replaced(replaced: Any, gradients: Sequence[Any], variables: Sequence[Any]) -> list[Any]:

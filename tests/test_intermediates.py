@@ -450,13 +450,14 @@ REFUSED = {
         _beside(lambda x: tk.intermediate("z", 3.0)),
         True,
         TypeError,
-        "`value` of 'z' must be a tensor or hold tensors, received the float 3.0.",
+        "`value` of 'z' must be a tensor or variable, or hold them, received the float 3.0.",
     ),
     "an array among tensors": (
         _beside(lambda x: tk.intermediate("z", [x, np.ones(2)])),
         True,
         TypeError,
-        "`value` of 'z' must be a tensor or hold tensors, received a NumPy array of shape (2,) and dtype float64.",
+        "`value` of 'z' must be a tensor or variable, or hold them,"
+        " received a NumPy array of shape (2,) and dtype float64.",
     ),
     "unknown names": (
         lambda x: _least_squares(x),
@@ -515,7 +516,7 @@ def test_a_name_given_where_no_tape_sees_it_is_refused_with_the_reason(inside, a
     elif inside is _in_function and driver != "eager":  # it has been traced when the loss was looked at
         reason = "those given inside a tf.function are not seen"
     else:
-        reason = "outside of any tf.function, tf.map_fn or loop, whose insides no tape sees from outside, unlike z"
+        reason = "`value` of 'z' must not be named inside a tf.function, branch or loop"
     x = _variable()
     with pytest.raises(ValueError, match=re.escape(reason)):
         _loop(tk.TapeStep(asked), driver=driver).minimize(inside(x), x)
