@@ -11,8 +11,8 @@ import numpy as np
 import tensorflow as tf
 
 from tapekit._describe import check_integer, describe
-from tapekit.callbacks._gradient_views import Shelf, ViewingCallback
-from tapekit.callbacks._gradients import check_finite, native
+from tapekit.callbacks._gradient_views import ViewingCallback
+from tapekit.callbacks._gradients import check_finite
 
 logger = logging.getLogger("tapekit")
 
@@ -111,15 +111,14 @@ class CheckGradients(ViewingCallback):
         """Checks the gradients of one of the first steps."""
         if step > self.steps:
             return
-        shelf = self.shelf()
-        kept = [place[step - 1] for place in shelf.places]
-        points, gradients = kept[: len(shelf.variables)], kept[len(shelf.variables) :]
-        originals = [tf.identity(variable) for variable in shelf.variables]
+        variables = self.shelf.variables
+        kept = [[place[step - 1] for place in self.shelf.of(variable)] for variable in variables]
+        originals = [tf.identity(variable) for variable in variables]
         try:
-            _assign(shelf.variables, points)
-            message = self._compare(step, shelf, gradients)
+            _assign(variables, [point for point, _ in kept])
+            message = self._compare(step, [gradient.numpy() for _, gradient in kept])
         finally:
-            _assign(shelf.variables, originals)
+            _assign(variables, originals)
         if message and self.on_failure == "raise":
             raise ValueError(message)
         if message:
@@ -128,25 +127,25 @@ class CheckGradients(ViewingCallback):
     def _due(self, before):
         return before < self.steps
 
-    def _shapes(self, variables):
-        return 2 * [((self.steps, *variable.shape), variable.dtype) for variable in variables]
+    def _room(self, variable):
+        return 2 * [((self.steps, *variable.shape), variable.dtype)]
 
-    def _look(self, places, gradients, variables, before):
-        values = [native(variable).read_value() for variable in variables]
-        for place, value in zip(places, [*values, *gradients], strict=True):
+    def _look(self, places, gradient, variable, before):
+        for place, value in zip(places, (variable.read_value(), gradient), strict=True):
             place.assign(tf.tensor_scatter_nd_update(place, tf.reshape(before, [1, 1]), value[tf.newaxis]))
 
-    def _compare(self, step: int, shelf: Shelf, gradients: list[tf.Tensor]) -> str | None:
+    def _compare(self, step: int, gradients: list[np.ndarray]) -> str | None:
         """Compares at the present variables; returns what is wrong, if anything is."""
-        loss = _Loss(self.loop.evaluate, shelf.variables)
+        variables = self.shelf.variables
+        loss = _Loss(self.loop.evaluate, variables)
         if not loss.repeatable:
             return (
                 "the loss must be a function of the variables alone to be checked by finite differences; at step"
                 f" {step} it was {loss.values[0]:.9g} and then {loss.values[1]:.9g} at the same variables."
             )
         verdicts = []
-        for name, variable, gradient in zip(shelf.names, shelf.variables, gradients, strict=True):
-            values = gradient.numpy().astype(np.float64)
+        for name, variable, gradient in zip(self.shelf.names, variables, gradients, strict=True):
+            values = gradient.astype(np.float64)
             for index in self._chosen(values, step):
                 verdict = {"step": step, "variable": name, "index": index, "gradient": float(values[index])}
                 verdicts.append(verdict | self._judge(loss, variable, index, verdict["gradient"]))
@@ -211,7 +210,7 @@ class _Loss:
     def difference(self, variable: Any, index: tuple[int, ...], h: float) -> tuple[float, float]:
         """Returns the central difference with respect to an entry, and the size of the loss."""
         original = tf.identity(variable)
-        array = original.numpy()
+        array = np.array(original.numpy())
         losses, places = [], []
         try:
             for sign in (1.0, -1.0):
@@ -249,8 +248,8 @@ def _assign(variables: Sequence[Any], values: Sequence[Any]) -> None:
         variable.assign(value)
 
 
-def _badness(verdict: dict[str, Any]) -> float:
+def _badness(verdict: dict[str, Any]) -> tuple[float, float]:
     error, allowed = verdict["error"], verdict["allowed"]
     if error <= allowed:
-        return error / allowed if allowed else 0.0
-    return math.inf if math.isnan(error) or not allowed else error / allowed
+        return (error / allowed if allowed else 0.0), error
+    return (error / allowed if allowed and error == error else math.inf), error

@@ -13,13 +13,16 @@ from tapekit.callbacks._gradients import CountingCallback, dense, largest_of, na
 
 
 class Shelf:
-    """Where the compiled step of one set of variables leaves what the host reads."""
+    """Where the compiled step leaves what the host reads, for the variables of one model or objective."""
 
-    def __init__(self, variables: Sequence[Any], shapes: Sequence[tuple[Any, Any]]) -> None:
-        self.variables = [native(variable) for variable in variables]
-        self.names = unique_names(variables)
-        self.used = state_variable(tf.zeros, (), tf.bool)
-        self.places = [state_variable(tf.zeros, shape, dtype) for shape, dtype in shapes]
+    def __init__(self, variables: Sequence[Any], places: Sequence[list[Any]]) -> None:
+        self.variables = variables
+        self.names: list[str] = []
+        self._places = {id(variable): row for variable, row in zip(variables, places, strict=True)}
+
+    def of(self, variable: Any) -> list[Any]:
+        """Returns the places of a variable."""
+        return self._places[id(native(variable))]
 
 
 class ViewingCallback(CountingCallback):
@@ -28,23 +31,27 @@ class ViewingCallback(CountingCallback):
     def __init__(self) -> None:
         super().__init__()
         self._shelves: dict[tuple[int, ...], Shelf] = {}
+        self.shelf: Any = None
 
     def on_train_begin(self, logs=None):
-        """Forgets the run before."""
+        """Makes room for what the variables of this run need."""
         super().on_train_begin(logs)
-        for shelf in self._shelves.values():
-            shelf.used.assign(False)
+        assert self.model is not None
+        variables = [native(variable) for variable in self.model.trainable_variables]
+        key = tuple(map(id, variables))
+        if key not in self._shelves:
+            places = [[state_variable(*spec) for spec in self._room(variable)] for variable in variables]
+            self._shelves[key] = Shelf(variables, places)
+        self.shelf = self._shelves[key]
 
     def on_gradient(self, gradients, variables):
         """Looks at the gradients, if the step is one of those to look at, and leaves them as they are."""
-        key = tuple(id(native(variable)) for variable in variables)
-        if key not in self._shelves:
-            self._shelves[key] = Shelf(variables, self._shapes(variables))
-        shelf, before = self._shelves[key], self.count()
+        shelf, before = self.shelf, self.count()
+        shelf.variables, shelf.names = [native(variable) for variable in variables], unique_names(variables)
 
         def look() -> tf.Tensor:
-            shelf.used.assign(True)
-            self._look(shelf.places, [dense(gradient) for gradient in gradients], variables, before)
+            for variable, gradient in zip(shelf.variables, gradients, strict=True):
+                self._look(shelf.of(variable), dense(gradient), variable, before)
             return tf.constant(True)
 
         due = self._due(before)
@@ -53,17 +60,16 @@ class ViewingCallback(CountingCallback):
         else:
             tf.cond(due, look, lambda: tf.constant(False))
 
-    def shelf(self) -> Shelf:
-        """Returns the one that this run has used."""
-        return next(shelf for shelf in self._shelves.values() if shelf.used.numpy())
-
-    def _shapes(self, variables: Sequence[Any]) -> Sequence[tuple[Any, Any]]:
+    def _room(self, variable: Any) -> Sequence[tuple[Any, Any]]:
+        """Returns the shape and dtype of each place that a variable needs."""
         raise NotImplementedError
 
     def _due(self, before: Any) -> Any:
+        """Returns whether to look at the step that so many came before."""
         raise NotImplementedError
 
-    def _look(self, places: list[Any], gradients: list[Any], variables: Sequence[Any], before: Any) -> None:
+    def _look(self, places: list[Any], gradient: Any, variable: Any, before: Any) -> None:
+        """Leaves in its places what the host needs of a variable."""
         raise NotImplementedError
 
 
@@ -84,10 +90,9 @@ class _PeriodicCallback(ViewingCallback):
 
     def on_step(self, step, logs):
         """Takes to the host what the graph has kept of this step."""
-        shelf = self.shelf()
-        self._names = shelf.names
+        self._names = self.shelf.names
         self._steps.append(step)
-        self._rows.append([place.numpy() for place in shelf.places])
+        self._rows.append([self.shelf.of(variable)[0].numpy() for variable in self.shelf.variables])
 
     def _due(self, before: Any) -> Any:
         return True if self.every == 1 else (before + 1) % self.every == 0
@@ -146,16 +151,15 @@ class GradientStatistics(_PeriodicCallback):
         """The quantities by variable and name, arrays of shape (k,)."""
         return {name: dict(zip(self.QUANTITIES, rows.T, strict=True)) for name, rows in self._columns()}
 
-    def _shapes(self, variables):
-        return [((len(self.QUANTITIES),), tf.float64)] * len(variables)
+    def _room(self, variable):
+        return [((len(self.QUANTITIES),), tf.float64)]
 
-    def _look(self, places, gradients, variables, before):
-        for place, gradient in zip(places, gradients, strict=True):
-            values = tf.cast(gradient, tf.float64)
-            count = tf.cast(tf.maximum(tf.size(values), 1), tf.float64)
-            shares = [values == 0.0, ~tf.math.is_finite(values)]
-            means = [tf.reduce_sum(tf.cast(part, tf.float64)) / count for part in (values, *shares)]
-            place.assign(tf.stack([norm_of([values]), means[0], largest_of(values), *means[1:]]))
+    def _look(self, places, gradient, variable, before):
+        values = tf.cast(gradient, tf.float64)
+        count = tf.cast(tf.maximum(tf.size(values), 1), tf.float64)
+        shares = [values == 0.0, ~tf.math.is_finite(values)]
+        means = [tf.reduce_sum(tf.cast(part, tf.float64)) / count for part in (values, *shares)]
+        places[0].assign(tf.stack([norm_of([values]), means[0], largest_of(values), *means[1:]]))
 
 
 class CaptureGradients(_PeriodicCallback):
@@ -192,9 +196,8 @@ class CaptureGradients(_PeriodicCallback):
         """The gradients by variable, arrays of shape (k, ...)."""
         return dict(self._columns())
 
-    def _shapes(self, variables):
-        return [(variable.shape, variable.dtype) for variable in variables]
+    def _room(self, variable):
+        return [(variable.shape, variable.dtype)]
 
-    def _look(self, places, gradients, variables, before):
-        for place, gradient in zip(places, gradients, strict=True):
-            place.assign(gradient)
+    def _look(self, places, gradient, variable, before):
+        places[0].assign(gradient)

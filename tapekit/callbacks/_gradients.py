@@ -88,13 +88,12 @@ class CountingCallback(Callback):
 
     def on_train_begin(self, logs=None):
         """Begins to count."""
-        if self._counter is not None:
-            self._counter.assign(0)
+        # A variable made while a step is traced would have it traced twice.
+        self._counter = self._counter or state_variable((), tf.int64)
+        self._counter.assign(0)
 
     def count(self) -> Any:
         """Returns how many steps came before this one, a scalar of int64; called once in `on_gradient`."""
-        if self._counter is None:
-            self._counter = state_variable(tf.zeros, (), tf.int64)
         before = self._counter.read_value()
         self._counter.assign_add(1)
         return before
@@ -216,12 +215,16 @@ class FreezeVariables(CountingCallback):
         }
 
     def _decays(self, variable: Any) -> bool:
-        optimizer = getattr(self.loop or self.model, "optimizer", None)
+        """Whether the optimizer, or one that it wraps, decays the weights of a variable."""
+        optimizer, target = getattr(self.loop or self.model, "optimizer", None), native(variable)
         while optimizer is not None:
+            rate = getattr(optimizer, "weight_decay", None)
             uses = getattr(optimizer, "_use_weight_decay", lambda variable: True)
-            if getattr(optimizer, "weight_decay", None) and uses(native(variable)):
+            if rate is not None and (rate or getattr(optimizer, "adam_weight_decay", None)) and uses(target):
                 return True
-            optimizer = getattr(optimizer, "inner_optimizer", None)
+            index = getattr(optimizer, "_var_to_optimizer_idx", None)  # of keras.optimizers.MultiOptimizer
+            inner = optimizer.optimizers[index[optimizer._var_key(target)]] if index else None
+            optimizer = inner or getattr(optimizer, "inner_optimizer", None)
         return False
 
 
@@ -338,10 +341,9 @@ def norm_of(gradients: Iterable[Any]) -> tf.Tensor:
     return unit * tf.sqrt(tf.add_n([tf.reduce_sum(tf.square(value / unit)) for value in values]))
 
 
-def state_variable(initializer: Callable[..., Any], shape: Any, dtype: Any) -> tf.Variable:
-    """Returns a variable of a callback's own, made outside of the graph that is being traced."""
-    with tf.init_scope():
-        return tf.Variable(initializer(shape, dtype), trainable=False)
+def state_variable(shape: Any, dtype: Any) -> tf.Variable:
+    """Returns a variable of a callback's own."""
+    return tf.Variable(tf.zeros(shape, dtype), trainable=False)
 
 
 def matching(pattern: str, names: Sequence[str], argument: str) -> list[str]:
