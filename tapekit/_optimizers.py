@@ -85,8 +85,7 @@ def _native(optimizer: Any, variables: Sequence[Any]) -> list[Any]:
     """Returns the variables as an optimizer wants them: some of Keras 3 read attributes that `tf.Variable` has not."""
     if not isinstance(optimizer, keras.optimizers.Optimizer):
         return [tf_variable(variable) for variable in variables]
-    with tf.init_scope():  # in a graph a view would be a copy
-        return [keras_variable(variable) for variable in variables]
+    return [keras_variable(variable) for variable in variables]
 
 
 def _tf_variables(var_list: Any) -> list[tf.Variable]:
