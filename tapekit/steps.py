@@ -112,7 +112,7 @@ class Problem:
         found: Any = tape.gradient(logs["loss"], sources, output_gradients=scale)
         gradients, inner = found
         self.variables = used_variables(self.variables, gradients, self._allow_unused)
-        unconnected = [name for name, gradient in inner.items() if None in tree.flatten(gradient)]
+        unconnected = [name for name, gradient in inner.items() if None in (tree.flatten(gradient) or [None])]
         if unconnected:
             raise ValueError(
                 "`intermediates` must be floating-point values that `loss` depends on, unlike"

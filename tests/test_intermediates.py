@@ -484,6 +484,12 @@ REFUSED = {
         ValueError,
         "`intermediates` must be floating-point values that `loss` depends on, unlike z.",
     ),
+    "nothing": (
+        _beside(lambda x: tk.intermediate("z", [])),
+        True,
+        ValueError,
+        "`intermediates` must be floating-point values that `loss` depends on, unlike z.",
+    ),
     "a part without dependence": (
         lambda x: lambda: tf.reduce_sum(tk.intermediate("z", {"used": x**2, "unused": 2.0 * x})["used"]),
         True,
