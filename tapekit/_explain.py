@@ -12,6 +12,8 @@ import tensorflow as tf
 
 from tapekit._describe import describe, variable_name
 
+NATIVE = tf.Tensor, tf.Variable
+
 
 class Seen(NamedTuple):
     """What a tape has seen: how it takes gradients, what it watches, and under which names.
@@ -30,11 +32,33 @@ def native(value: Any) -> Any:
     return value.value if isinstance(value, keras.Variable) else value
 
 
+def natives(name: str, structure: Any) -> Any:
+    """Returns a structure of tensors and variables as TensorFlow takes them, or raises."""
+    if isinstance(structure, NATIVE):
+        return structure
+    if type(structure) is list:  # the commonest, and tf.nest takes its time
+        return [leaf if isinstance(leaf, NATIVE) else natives(name, leaf) for leaf in structure]
+
+    def convert(leaf: Any) -> Any:
+        if not tf.is_tensor(leaf):
+            raise TypeError(f"{name} must be a tensor or variable, or hold them, received {describe(leaf)}.")
+        return native(leaf)
+
+    return tf.nest.map_structure(convert, structure)
+
+
+def single(name: str, value: Any) -> Any:
+    """Returns a tensor or variable as TensorFlow takes it, or raises."""
+    if not tf.is_tensor(value):
+        raise TypeError(f"`{name}` must be a tensor or a variable, received {describe(value)}.")
+    return native(value)
+
+
 def components(value: Any) -> list[Any]:
     """Returns the tensors and variables that gradients may flow through, of a structure or a ragged tensor."""
     found: list[Any] = []
     for leaf in map(native, tf.nest.flatten(value)):
-        if isinstance(leaf, (tf.Tensor, tf.Variable)):
+        if isinstance(leaf, NATIVE):
             found.append(leaf)
         elif tf.is_tensor(leaf):
             found += filter(differentiable, tf.nest.flatten(leaf, expand_composites=True))
@@ -51,13 +75,12 @@ def explain(seen: Seen, target: Any, source: Any) -> str:
                 " a tensor"
             )
     for argument, leaf in (("source", source), *(("target", leaf) for leaf in targets)):
-        if not tf.is_tensor(leaf):
-            raise TypeError(f"`{argument}` must be a tensor or a variable, received {describe(leaf)}.")
+        single(argument, leaf)
     name = _name(seen, source)
     for what, leaf in ((name, source), *(("the target", leaf) for leaf in targets)):
         dtype = tf.as_dtype(leaf.dtype)
         if not differentiable(leaf):
-            reason = "no gradient flows through integers" if dtype.is_integer else "it has no gradient"
+            reason = "no gradient flows through integers" if dtype.is_integer else "that has no gradient"
             return (
                 f"{what} is of {'integer ' if dtype.is_integer else ''}type {dtype.name}, and {reason}: make it a float"
             )

@@ -8,13 +8,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import tensorflow as tf
-from keras import tree
 
 from tapekit._describe import describe, shape_and_dtype, unique_names
-from tapekit._explain import Seen, components, differentiable, explain, native
+from tapekit._explain import NATIVE, Seen, components, differentiable, explain, native, natives, single
 
 _NONE, _ZERO = tf.UnconnectedGradients.NONE, tf.UnconnectedGradients.ZERO
-_NATIVE = tf.Tensor, tf.Variable
 _collector: contextvars.ContextVar[Callable[[str, Any], None] | None] = contextvars.ContextVar(
     "collector", default=None
 )
@@ -33,6 +31,8 @@ class TapeReleasedError(RuntimeError):
         ...
         tapekit._tape.TapeReleasedError: this PersistentTape released its records at the end of its `with` block: ...
     """
+
+    __init__ = Exception.__init__  # by this AutoGraph knows that it may add its own lines to the message
 
 
 def intermediate(name: str, value: Any) -> Any:
@@ -97,7 +97,7 @@ class Intermediates:
             )
         if name in self.values:
             raise ValueError(f"`name` must be new in an evaluation, received {name!r} for the second time.")
-        values = _natives(f"`value` of {name!r}", value)
+        values = natives(f"`value` of {name!r}", value)
         self._watch([part for part in components(values) if differentiable(part)])
         self.values[name] = values
 
@@ -170,7 +170,7 @@ class PersistentTape:
                 structure of them.
         """
         tape = self._open()
-        _natives("`tensor`", tensor)
+        natives("`tensor`", tensor)
         watched = components(tensor)
         tape.watch(watched)
         self._watched += watched
@@ -207,39 +207,38 @@ class PersistentTape:
             A tensor or `tf.IndexedSlices` of the shape and dtype of each source, in the structure of `sources`.
 
         Raises:
-            TypeError: `target` is None.
-            ValueError: `target` or `sources` is empty; or a gradient does not exist and `unconnected="raise"`.
-            TapeReleasedError: the block has ended.
+            TypeError: `target` or `sources` holds something else than tensors and variables.
+            ValueError: `target` is empty; or a gradient does not exist and `unconnected="raise"`.
         """
-        if unconnected is not None:
-            return self._connected_gradient(target, sources, output_gradients, unconnected_gradients, unconnected)
-        if not isinstance(target, _NATIVE):
+        if not isinstance(target, NATIVE):
             if not tf.nest.flatten(target):
                 raise ValueError(f"`target` must hold at least one tensor, received {describe(target)}.")
-            target = _natives("`target`", target)
-        if not isinstance(sources, _NATIVE):
-            sources = _natives("`sources`", sources)
+            target = natives("`target`", target)
+        if not isinstance(sources, NATIVE):
+            sources = natives("`sources`", sources)
         if output_gradients is not None:
             output_gradients = tf.nest.map_structure(native, output_gradients)
+        if unconnected is not None:
+            unconnected_gradients = _NONE
         tape = self._tape or self._open()
-        if not tape._recording:  # inside the caller's own stop_recording
-            return tape.gradient(target, sources, output_gradients, unconnected_gradients)
-        tape._pop_tape()  # as _paused does, whose generator takes as long as an op
+        recording = tape._recording  # not inside the caller's own stop_recording
+        if recording:
+            tape._pop_tape()  # as _paused does, whose generator takes as long as an op
         try:
-            return tape.gradient(target, sources, output_gradients, unconnected_gradients)
+            gradients = tape.gradient(target, sources, output_gradients, unconnected_gradients)
         finally:
-            tape._push_tape()
+            if recording:
+                tape._push_tape()
+        if unconnected is not None:
+            self._check_connected(target, sources, gradients, unconnected)
+        return gradients
 
-    def _connected_gradient(self, target: Any, sources: Any, factors: Any, replacement: Any, unconnected: str) -> Any:
+    def _check_connected(self, target: Any, sources: Any, gradients: Any, unconnected: str) -> None:
         if unconnected != "raise":
             raise ValueError(f'`unconnected` must be None or "raise", received {describe(unconnected)}.')
-        if tf.UnconnectedGradients(replacement) is _ZERO:
-            raise ValueError('`unconnected_gradients` must be NONE with unconnected="raise", received ZERO.')
-        gradients = self.gradient(target, sources, factors)
         for source, gradient in zip(tf.nest.flatten(sources), tf.nest.flatten(gradients), strict=True):
             if gradient is None:
                 raise ValueError(self.explain(target, source))
-        return gradients
 
     def gradients(self, target: Any) -> dict[str, Any]:
         """Returns the gradients with respect to every named intermediate and every watched variable.
@@ -281,7 +280,7 @@ class PersistentTape:
             parallel_iterations: how many iterations may run in parallel, at a cost in memory.
             experimental_use_pfor: whether to vectorize the computation.
         """
-        target, sources = _natives("`target`", target), _natives("`sources`", sources)
+        target, sources = single("target", target), natives("`sources`", sources)
         options = unconnected_gradients, parallel_iterations, experimental_use_pfor
         with self._paused() as tape:
             return tape.jacobian(target, sources, *options)
@@ -303,7 +302,9 @@ class PersistentTape:
             parallel_iterations: see `jacobian`.
             experimental_use_pfor: see `jacobian`.
         """
-        target, source = _natives("`target`", target), _natives("`source`", source)
+        target, source = single("target", target), single("source", source)
+        if 0 in (target.shape.rank, source.shape.rank):
+            raise ValueError(f"`target` and `source` must be of shape [batch, ...], received {describe(target)}.")
         options = unconnected_gradients, parallel_iterations, experimental_use_pfor
         with self._paused() as tape:
             return tape.batch_jacobian(target, source, *options)
@@ -337,8 +338,7 @@ class PersistentTape:
             >>> hessian.numpy().tolist()
             [[4.0, 2.0], [2.0, 0.0]]
         """
-        if not tf.is_tensor(source):
-            raise TypeError(f"`source` must be a tensor or a variable, received {describe(source)}.")
+        source = single("source", source)
         return self.jacobian(self._recorded_gradient(target, source), source, _ZERO)
 
     def hessian_vector_product(self, target: Any, source: Any, vector: Any) -> Any:
@@ -367,21 +367,18 @@ class PersistentTape:
             [4.0, 2.0]
         """
         gradient = self._recorded_gradient(target, source)
-        vector = tree.map_structure_up_to(gradient, _like, gradient, vector)
-        return self.gradient(gradient, source, vector, _ZERO)
+        return self.gradient(gradient, source, _like(gradient, vector), _ZERO)
 
     def _recorded_gradient(self, target: Any, source: Any) -> Any:
         tape = self._open()
         if not isinstance(target, tf.Tensor) or target.shape.rank != 0:
             raise ValueError(f"`target` must be a scalar tensor, received {describe(target)}.")
-        source = _natives("`source`", source)
+        source = natives("`source`", source)
         with tape._ensure_recording():
             tape._recording = False  # else TensorFlow advises against recording, which a second derivative needs
             try:
                 gradient = tape.gradient(target, source)
-                for leaf, found in zip(tf.nest.flatten(source), tf.nest.flatten(gradient), strict=True):
-                    if found is None:
-                        raise ValueError(self.explain(target, leaf))
+                self._check_connected(target, source, gradient, "raise")
                 return tf.nest.map_structure(tf.convert_to_tensor, gradient)
             finally:
                 tape._recording = True
@@ -426,22 +423,14 @@ def _graph() -> Any:
     return None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
 
 
-def _natives(name: str, structure: Any) -> Any:
-    """Returns a structure of tensors and variables as TensorFlow takes them, or raises."""
-    if isinstance(structure, _NATIVE):
-        return structure
-    if type(structure) is list:
-        return [leaf if isinstance(leaf, _NATIVE) else _natives(name, leaf) for leaf in structure]
-
-    def convert(leaf: Any) -> Any:
-        if not tf.is_tensor(leaf):
-            raise TypeError(f"{name} must be a tensor or variable, or hold them, received {describe(leaf)}.")
-        return native(leaf)
-
-    return tf.nest.map_structure(convert, structure)
-
-
-def _like(gradient: tf.Tensor, vector: Any) -> tf.Tensor:
+def _like(gradient: Any, vector: Any) -> Any:
+    """Returns a vector in the structure and of the shapes and dtypes of a gradient, or raises."""
+    if tf.nest.is_nested(gradient):
+        try:
+            tf.nest.assert_same_structure(gradient, vector)
+        except (TypeError, ValueError):
+            raise ValueError(f"`vector` must have the structure of `source`, received {describe(vector)}.") from None
+        return tf.nest.map_structure(_like, gradient, vector)
     try:
         vector = tf.convert_to_tensor(native(vector), gradient.dtype)
     except (TypeError, ValueError):
