@@ -388,9 +388,9 @@ def test_the_gradients_are_taken_in_the_same_backward_pass(driver):
         assert result.evaluations == 4  # three steps and the loss of the result
         return calls
 
-    plain, inner = count(False), count(True)
-    assert plain["backward"] >= 1
-    assert inner == plain
+    # Eagerly once in each of three steps; traced once in the first look at the loss, and once in the step.
+    assert count(True)["backward"] == (3 if driver == "eager" else 2)
+    assert count(True) == count(False)
 
 
 def test_a_second_run_of_the_same_objective_traces_nothing():
