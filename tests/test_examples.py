@@ -43,6 +43,20 @@ PRINTED = {
         ),
         (r"^the losses of SAM agree at every step between the drivers to (?:\de-1[3-9]|0e\+00)$", ()),
     ],
+    "gradient_hooks": [
+        (r"^plain: NonFinite: the loss is inf at step 3$", ()),
+        (r"^ +step +loss +\|d growth\| +\|d inflow\|$", ()),
+        (r"^ +2000 +(\S+) +\S+ +\S+$", (0.02659,)),
+        (r"^ +12000 +(\S+) +\S+ +\S+$", (0.005934,)),
+        (r"^clipped: growth = (\S+), inflow = (\S+), longest gradient (\S+)$", (0.901, 0.991, 3.92e7)),
+        (r"^LossChangeBelow: the loss changed by \S+ at step \d+, at most the tolerance (\S+) ", (1e-12,)),
+        (r"^series: 2 entries of the gradient are right$", ()),
+        (
+            r"^series_by_hand: the gradient must be that of the loss; at step 1 it is (\S+) for growth, where finite"
+            r" differences give (\S+) and \S+ of difference is allowed; 1 of 2 checked entries are wrong\.$",
+            (4.83625e7, 3.90347e7),
+        ),
+    ],
     "grad_cam": [
         (r"^loss 0\.\d+; (?:8[5-9]|9\d)\.\d % of 1000 unseen digits are found$", ()),
         (r"^digits \[[\d ]{7}\]: mean heat on their ink 0\.[3-9]\d, on the other's 0\.[01]\d, on none 0\.[0-2]\d$", ()),

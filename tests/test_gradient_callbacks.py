@@ -588,12 +588,12 @@ class Wrong:
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_a_wrong_gradient_is_found_by_variable_and_index(dtype, step, driver):
     check = CheckGradients()
-    with pytest.raises(ValueError, match=r"^the gradient must be that of the loss; at step 1 that of 'wrong'") as error:
+    with pytest.raises(ValueError, match=r"^the gradient must be that of the loss; at step 1 it is") as error:
         _run(Wrong(dtype), [check], driver, step)
-    assert "at (1,) is 3, and finite differences give 6" in str(error.value)
-    assert "1 of 5 entries are wrong." in str(error.value)
+    assert "it is 3 for wrong[1], where finite differences give 6" in str(error.value)
+    assert "; 1 of 5 checked entries are wrong." in str(error.value)
     assert (check.checked, check.failed) == (5, 1)
-    assert check.worst["variable"], check.worst["index"] == ("wrong", (1,))
+    assert (check.worst["step"], check.worst["variable"], check.worst["index"]) == (1, "wrong", (1,))
     assert check.worst["gradient"] == 3.0
     assert check.worst["difference"] == pytest.approx(6.0, rel=1e-3 if dtype == "float32" else 1e-8)
     assert check.worst["error"] > check.worst["allowed"]
@@ -739,7 +739,7 @@ def test_variables_of_every_precision_are_checked(dtype):
 def test_a_wrong_gradient_is_found_in_every_precision(dtype):
     x = tf.Variable(tf.constant([1.0, 3.0, -2.0], dtype), name="x")
     loop = tk.OptimizationLoop("sgd", max_iterations=1, run_eagerly=True)
-    with pytest.raises(ValueError, match=r"that of 'x' at \(1,\) is 3, and finite differences"):
+    with pytest.raises(ValueError, match=r"it is 3 for x\[1\], where finite differences give [56]"):
         loop.minimize(lambda: tf.reduce_sum(_wrong_square(x)), [x], callbacks=[CheckGradients()])
 
 
@@ -765,7 +765,7 @@ def test_entries_at_the_edge_of_where_the_loss_is_finite_are_left_out():
 def test_a_gradient_that_is_nan_where_differences_are_not_is_wrong():
     x = tf.Variable([0.0, 0.0], dtype=tf.float64, name="x")
     loop = tk.OptimizationLoop("sgd", max_iterations=1, run_eagerly=True)
-    with pytest.raises(ValueError, match=r"that of 'x' at \(0,\) is nan, and finite differences give 0"):
+    with pytest.raises(ValueError, match=r"it is nan for x\[0\], where finite differences give 0"):
         loop.minimize(lambda: tf.norm(x), [x], callbacks=[CheckGradients()])
 
 

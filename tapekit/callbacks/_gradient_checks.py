@@ -72,8 +72,8 @@ class CheckGradients(ViewingCallback):
         >>> loop.minimize(lambda: tf.reduce_sum(square(x)), [x])
         Traceback (most recent call last):
         ...
-        ValueError: the gradient must be that of the loss; at step 1 that of 'x' at (1,) is 3, and finite differences
-        give 6..., at most ... off; 2 of 2 entries are wrong.
+        ValueError: the gradient must be that of the loss; at step 1 it is 3 for x[1], where finite differences give
+        6... and ... of difference is allowed; 2 of 2 checked entries are wrong.
     """
 
     replayable = True  # what it needs of a step the graph has kept, so that no chunk has to end for it
@@ -160,10 +160,11 @@ class CheckGradients(ViewingCallback):
             self.worst = worst
         if not wrong:
             return None
+        place = worst["variable"] + (str(list(worst["index"])) if worst["index"] else "")
         return (
-            f"the gradient must be that of the loss; at step {step} that of {worst['variable']!r} at"
-            f" {worst['index']} is {worst['gradient']:.6g}, and finite differences give {worst['difference']:.6g}, at"
-            f" most {worst['allowed']:.1g} off; {len(wrong)} of {len(verdicts)} entries are wrong."
+            f"the gradient must be that of the loss; at step {step} it is {worst['gradient']:.6g} for {place}, where"
+            f" finite differences give {worst['difference']:.6g} and {worst['allowed']:.1g} of difference is allowed;"
+            f" {len(wrong)} of {len(verdicts)} checked entries are wrong."
         )
 
     def _judge(self, loss: _Loss, variable: Any, index: tuple[int, ...], gradient: float) -> dict[str, float]:
