@@ -13,6 +13,19 @@ EXAMPLES = {path.stem: path for path in (Path(__file__).parents[1] / "examples")
 # For each example: patterns that must be printed in this order, and the numbers that their groups must
 # match to 0.1 %. Those of the quickstart follow from x_t = 4 - 4 * 0.4**t.
 PRINTED = {
+    "intermediate_gradients": [
+        (r"^A plain tape:\nRuntimeError: A non-persistent GradientTape can only be used to compute one set of .*$", ()),
+        (r"^dy/dz = (\S+), dy/dx = (\S+), d2y/dx2 = (\S+)$", (-6.0, -6.0, 2.0)),
+        (r"^all: z (\S+), x (\S+)$", (-6.0, -6.0)),
+        (r"^TapeReleasedError: .*: take gradients inside the block and keep them\.$", ()),
+        (r"^ +1 +(\S+) +(\S+) +(\S+) +(\S+)$", (9.0, -6.0, -6.0, 6.0)),
+        (r"^ +5 +(\S+) +(\S+) +(\S+) +(\S+)$", (9 / 4**4, -6 / 2**4, -6 / 2**4, 6 / 2**4)),
+        (r"^gradient: None\neagerly: the source is a constant to the tape, which does not watch it: ", ()),
+        (
+            r"^in a tf.function: the gradient ends on the way from the variable 'x' to the target, in tf.stop_gradient$",
+            (),
+        ),
+    ],
     "quickstart": [
         (r"^MinimizeStep\n +step +x +loss$", ()),
         (r"^ +1 +(\S+) +(\S+)$", (2.4, 16.0)),
