@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 
@@ -132,7 +133,7 @@ TRANSFORMS = {
 @over_drivers
 @over_steps
 def test_each_callback_does_to_the_gradients_that_reach_it_what_numpy_does(step, driver):
-    for names in (list(TRANSFORMS), list(TRANSFORMS)[::-1]):
+    for names in (list(TRANSFORMS), list(TRANSFORMS)[::-1])[: 2 if driver is EAGER else 1]:
         problem, captures = Linear(), [CaptureGradients() for _ in range(len(TRANSFORMS) + 1)]
         pairs = zip((TRANSFORMS[name][0] for name in names), captures[1:], strict=True)
         _, result = _run(problem, [captures[0], *(item for pair in pairs for item in pair)], driver, step)
@@ -551,6 +552,34 @@ def test_one_callback_serves_several_objectives():
         assert list(look.statistics) == list(capture.gradients) == [name]
         assert look.statistics[name]["max_abs"].tolist() == [slope, slope]
         assert (capture.gradients[name] == slope).all()
+
+
+def test_losses_that_leave_out_different_variables_are_told_apart():
+    x, y = tf.Variable(1.0, name="x"), keras.Variable(1.0, name="y")
+    losses = {"xy": lambda: 2.0 * x + 3.0 * y.value, "y": lambda: 5.0 * y.value}
+    look, capture = CaptureGradients(), CheckGradients()
+    loop = tk.OptimizationLoop("sgd", max_iterations=1, jit_compile=False, callbacks=[look, capture])
+    for which, slopes in (("xy", {"x": [2.0], "y": [3.0]}), ("y", {"y": [5.0]}), ("xy", {"x": [2.0], "y": [3.0]})):
+        loop.minimize(losses[which], [x, y], allow_unused=True)
+        assert {name: rows.tolist() for name, rows in look.gradients.items()} == slopes
+        assert (capture.checked, capture.failed) == (len(slopes), 0)
+    loop.minimize(losses["xy"])
+    assert set(look.gradients) == {"x", "y"}
+
+
+@over_drivers
+def test_a_run_that_fails_before_its_first_step_leaves_the_count_to_the_next(driver):
+    class Fail(tk.Callback):
+        def on_train_batch_begin(self, batch, logs=None):
+            if fail:
+                raise RuntimeError("not yet")
+
+    problem, freeze, fails = Bowl(), FreezeVariables("x", until=2), Fail()
+    loop = tk.OptimizationLoop(keras.optimizers.SGD(0.1), max_iterations=2, **driver)
+    for fail in (True, True, False, False):
+        with pytest.raises(RuntimeError, match="not yet") if fail else contextlib.nullcontext():
+            loop.minimize(problem, problem.variables, callbacks=[freeze, fails])
+    assert problem.variables[0].numpy().tolist() == [1.0, 2.0]
 
 
 def test_a_run_without_a_step_that_is_due_has_seen_nothing():

@@ -111,12 +111,12 @@ class CheckGradients(ViewingCallback):
         """Checks the gradients of one of the first steps."""
         if step > self.steps:
             return
-        variables = self.shelf.variables
+        names, variables = self.shelf.chosen()
         kept = [[place[step - 1] for place in self.shelf.of(variable)] for variable in variables]
         originals = [tf.identity(variable) for variable in variables]
         try:
             _assign(variables, [point for point, _ in kept])
-            message = self._compare(step, [gradient.numpy() for _, gradient in kept])
+            message = self._compare(step, names, variables, [gradient.numpy() for _, gradient in kept])
         finally:
             _assign(variables, originals)
         if message and self.on_failure == "raise":
@@ -134,9 +134,8 @@ class CheckGradients(ViewingCallback):
         for place, value in zip(places, (variable.read_value(), gradient), strict=True):
             place.assign(tf.tensor_scatter_nd_update(place, tf.reshape(before, [1, 1]), value[tf.newaxis]))
 
-    def _compare(self, step: int, gradients: list[np.ndarray]) -> str | None:
+    def _compare(self, step: int, names: list[str], variables: list[Any], gradients: list[Any]) -> str | None:
         """Compares at the present variables; returns what is wrong, if anything is."""
-        variables = self.shelf.variables
         loss = _Loss(self.loop.evaluate, variables)
         if not loss.repeatable:
             return (
@@ -144,7 +143,7 @@ class CheckGradients(ViewingCallback):
                 f" {step} it was {loss.values[0]:.9g} and then {loss.values[1]:.9g} at the same variables."
             )
         verdicts = []
-        for name, variable, gradient in zip(self.shelf.names, variables, gradients, strict=True):
+        for name, variable, gradient in zip(names, variables, gradients, strict=True):
             values = gradient.astype(np.float64)
             for index in self._chosen(values, step):
                 verdict = {"step": step, "variable": name, "index": index, "gradient": float(values[index])}

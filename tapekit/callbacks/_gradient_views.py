@@ -13,12 +13,29 @@ from tapekit.callbacks._gradients import CountingCallback, dense, largest_of, na
 
 
 class Shelf:
-    """Where the compiled step leaves what the host reads, for the variables of one model or objective."""
+    """Where the compiled steps leave what the host reads, for the variables of one model or objective."""
 
     def __init__(self, variables: Sequence[Any], places: Sequence[list[Any]]) -> None:
-        self.variables = variables
-        self.names: list[str] = []
+        self._variables = variables
         self._places = {id(variable): row for variable, row in zip(variables, places, strict=True)}
+        # Losses may leave out different variables: each choice has a number, which its step leaves here too.
+        self._chosen: dict[tuple[int, ...], tuple[list[str], list[Any]]] = {}
+        self._last = state_variable((), tf.int64)
+
+    def choose(self, variables: Sequence[Any]) -> int:
+        """Returns the number of a choice of variables."""
+        chosen = [native(variable) for variable in variables]
+        key = tuple(map(id, chosen))
+        self._chosen.setdefault(key, (unique_names(variables), chosen))
+        return list(self._chosen).index(key)
+
+    def mark(self, choice: int) -> None:
+        """Notes inside the graph which choice the step is about."""
+        self._last.assign(choice)
+
+    def chosen(self) -> tuple[list[str], list[Any]]:
+        """Returns the names and the variables of the step that the host looks at."""
+        return list(self._chosen.values())[int(self._last)]
 
     def of(self, variable: Any) -> list[Any]:
         """Returns the places of a variable."""
@@ -47,11 +64,12 @@ class ViewingCallback(CountingCallback):
     def on_gradient(self, gradients, variables):
         """Looks at the gradients, if the step is one of those to look at, and leaves them as they are."""
         shelf, before = self.shelf, self.count()
-        shelf.variables, shelf.names = [native(variable) for variable in variables], unique_names(variables)
+        choice = shelf.choose(variables)
 
         def look() -> tf.Tensor:
-            for variable, gradient in zip(shelf.variables, gradients, strict=True):
-                self._look(shelf.of(variable), dense(gradient), variable, before)
+            shelf.mark(choice)
+            for variable, gradient in zip(variables, gradients, strict=True):
+                self._look(shelf.of(variable), dense(gradient), native(variable), before)
             return tf.constant(True)
 
         due = self._due(before)
@@ -90,9 +108,9 @@ class _PeriodicCallback(ViewingCallback):
 
     def on_step(self, step, logs):
         """Takes to the host what the graph has kept of this step."""
-        self._names = self.shelf.names
+        self._names, variables = self.shelf.chosen()
         self._steps.append(step)
-        self._rows.append([self.shelf.of(variable)[0].numpy() for variable in self.shelf.variables])
+        self._rows.append([self.shelf.of(variable)[0].numpy() for variable in variables])
 
     def _due(self, before: Any) -> Any:
         return True if self.every == 1 else (before + 1) % self.every == 0

@@ -88,8 +88,8 @@ class CountingCallback(Callback):
 
     def on_train_begin(self, logs=None):
         """Begins to count."""
-        # A variable made while a step is traced would have it traced twice.
-        self._counter = self._counter or state_variable((), tf.int64)
+        if self._counter is None:  # made here, as a variable made while a step is traced has it traced twice
+            self._counter = state_variable((), tf.int64)
         self._counter.assign(0)
 
     def count(self) -> Any:
