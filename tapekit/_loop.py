@@ -14,9 +14,10 @@ import tensorflow as tf
 from tapekit import callbacks as _callbacks
 from tapekit import steps as _steps
 from tapekit import stopping as _stopping
+from tapekit._body import StepBody, required_arguments
 from tapekit._config import Configurable
 from tapekit._describe import check_integer, check_real, describe
-from tapekit._drivers import Driver, StepBody, make_driver, required_arguments
+from tapekit._drivers import Driver, make_driver
 from tapekit._objective import RESERVED, Objective, check_variables
 from tapekit._optimizers import Updater
 from tapekit._result import OptimizationResult, StopReason
@@ -385,6 +386,9 @@ def _check_measures(measures: Any) -> dict[str, Callable[..., Any]]:
     for name, function in measures.items():
         if not isinstance(name, str) or not callable(function):
             raise TypeError(f"{right}, received {describe(function)} under {name!r}.")
+        parameters = inspect.signature(function).parameters.values()
+        if any(item.kind is item.KEYWORD_ONLY and item.default is item.empty for item in parameters):
+            raise TypeError(f"{right}, received under {name!r} one of {inspect.signature(function)}.")
         if name in RESERVED:
             raise ValueError(f"`measures` must not use the name {name!r}, which the logs have already.")
         if len(set(required_arguments(function)) - {"intermediates"}) > 1:

@@ -335,3 +335,42 @@ def test_variables_that_become_nan_do_not_count_as_unmoved(driver):
     result = loop.minimize(lambda: tf.reduce_sum(x**2), [x], callbacks=[Spoil()])
     assert result.reason is tk.StopReason.NOT_FINITE
     assert result.message == "NonFinite: the loss is nan at step 2"
+
+
+def test_auto_takes_the_graph_for_convolutions_on_a_cpu_which_xla_is_slow_at(caplog):
+    expected = [] if tf.config.list_logical_devices("GPU") else ["Conv2D"]
+    kernel = tf.Variable(np.ones((3, 3, 1, 1)) * 0.1)
+    image = tf.constant(np.arange(25.0).reshape(1, 5, 5, 1) / 25.0)
+    loop = tk.OptimizationLoop(keras.optimizers.SGD(0.01), max_iterations=3)
+    with caplog.at_level(logging.INFO, logger="tapekit"):
+        loop.minimize(lambda: tf.reduce_sum(tf.nn.conv2d(image, kernel, 1, "SAME") ** 2), [kernel])
+    messages = [record.getMessage() for record in caplog.records if record.name == "tapekit"]
+    assert [name for name in ["Conv2D"] if any(f"slow at {name}" in message for message in messages)] == expected
+    (driver,) = loop._programs.values()
+    assert driver._jit is not bool(expected)
+
+
+def test_a_step_that_hides_its_gradients_is_told_what_to_call():
+    class Hiding(tk.Step):
+        def take(self, problem):
+            logs, gradients = problem.loss_and_gradients()
+            problem.variables[0].assign_sub(0.1 * gradients[0])
+            return logs
+
+    x = tf.Variable(0.0)
+    loop = tk.OptimizationLoop("sgd", step=Hiding(), max_iterations=3)
+    with pytest.raises(ValueError, match="`take` of Hiding must call transform, apply or minimize of its problem"):
+        loop.minimize(lambda: (x - 4.0) ** 2, [x])
+    assert float(x) == 0.0
+
+
+def test_the_norm_of_a_complex_intermediate_counts_both_parts():
+    x = tf.Variable([1.0, 2.0], dtype=tf.float64)
+
+    def loss():
+        z = tk.intermediate("z", tf.complex(x, 2.0 * x))
+        return tf.reduce_sum(tf.math.real(z * tf.constant(1j - 2.0, tf.complex128)))
+
+    loop = tk.OptimizationLoop("sgd", step=tk.TapeStep(intermediates=True), max_iterations=1)
+    history = loop.minimize(loss, [x]).history
+    np.testing.assert_allclose(history["gradient_norm/z"], [np.sqrt(10.0)])

@@ -13,6 +13,7 @@ LAYERS = [
     {"_explain"},
     {"stopping", "callbacks", "_tape"},
     {"_objective", "_optimizers", "steps"},
+    {"_body"},
     {"_drivers"},
     {"_run", "_loop"},
     {"__init__"},

@@ -68,19 +68,22 @@ class Hooks:
         """
 
     def record(self, name: str, value: Any) -> None:
-        """Adds a scalar of this step to the logs and the history; called in `on_gradient`.
+        """Adds a value of this step to the logs and the history; called in `on_gradient`.
 
         Args:
             name: its name, which the logs must not have yet.
-            value: a scalar tensor.
+            value: a tensor of any fixed shape; Keras callbacks see scalars alone.
 
         Raises:
+            TypeError: `name` is not a string.
             RuntimeError: it is called outside of `on_gradient`.
             ValueError: the name is taken.
         """
         records = _recording.get()
         if records is None:
             raise RuntimeError("record must be called in on_gradient, which runs inside the step.")
+        if not isinstance(name, str):
+            raise TypeError(f"`name` must be a string, received {describe(name)}.")
         if name in records:
             raise ValueError(f"`name` must be new in the logs of a step, received {name!r} for the second time.")
         records[name] = value
