@@ -780,6 +780,14 @@ def test_a_stationary_point_where_differences_are_all_rounding_passes():
     assert (check.checked, check.failed) == (3, 0)
 
 
+def test_a_loss_too_large_for_its_differences_to_tell_anything_passes():
+    x = tf.Variable(1.0, name="x")
+    check = CheckGradients()
+    loop = tk.OptimizationLoop("sgd", max_iterations=1, run_eagerly=True)
+    loop.minimize(lambda: 1e6 + x**2, [x], callbacks=[check])  # numbers of float32 are 0.06 apart there
+    assert (check.checked, check.failed, check.worst["difference"]) == (1, 0, 0.0)
+
+
 def test_entries_at_the_edge_of_where_the_loss_is_finite_are_left_out():
     x = tf.Variable([1e-9, 1.0], dtype=tf.float64, name="x")
     check = CheckGradients()
