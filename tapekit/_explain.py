@@ -86,7 +86,7 @@ def explain(seen: Seen, target: Any, source: Any) -> str:
             )
     if _connected(seen, targets, source):
         return f"the gradient is not None: the target depends on {name}"
-    return _unknown_source(seen, source, name) or _broken_path(seen, targets, source, name)
+    return _unwatched(seen, source, name) or _broken_path(seen, targets, source, name)
 
 
 def _name(seen: Seen, source: Any) -> str:
@@ -118,8 +118,8 @@ def _aside(function: Callable[[], None]) -> None:
     tf.function(function, autograph=False).get_concrete_function()
 
 
-def _unknown_source(seen: Seen, source: Any, name: str) -> str | None:
-    """Says why the tape does not know the source, if it does not."""
+def _unwatched(seen: Seen, source: Any, name: str) -> str | None:
+    """Says why the tape does not watch the source, if it does not."""
     parts = components(source)
     if any(part is other for part in parts for other in seen.watched):
         return None
@@ -131,7 +131,7 @@ def _unknown_source(seen: Seen, source: Any, name: str) -> str | None:
             )
         if not seen.automatic:
             return f"{name} is not watched, as watch_accessed_variables=False: call tape.watch on it before its use"
-        return f"{name} was not read inside the block while the tape recorded: compute the target from it there"
+        return None
     if seen.watched and _connected(seen, source, seen.watched):
         return None
     return (
@@ -145,8 +145,14 @@ def _broken_path(seen: Seen, targets: list[Any], source: Any, name: str) -> str:
     for target in map(native, targets):
         if isinstance(target, tf.Variable):
             return f"the target is the variable {variable_name(target)!r} itself, which is not computed from {name}"
+    unread = None
+    if isinstance(native(source), tf.Variable) and not any(native(source) is other for other in seen.watched):
+        unread = f"{name} was not read inside the block while the tape recorded: compute the target from it there"
     if not tf.executing_eagerly():
-        return _broken_in_graph(seen, components(targets), components(source), name)
+        seen_there = _broken_in_graph(seen, components(targets), components(source), name)
+        return seen_there or unread or f"the target does not use {name}, though perhaps a copy of it"
+    if unread:
+        return f"{unread} (nor does the tape record what tf.stop_gradient reads)"
     depends = "other values that are watched" if _connected(seen, targets, seen.watched) else "nothing that is watched"
     return (
         f"the target depends on {depends}, as far as the tape saw, which cannot tell the causes apart: the target does"
@@ -165,7 +171,7 @@ _CUTS = {
 _KINDS = {"PartitionedCall": "tf.function", "While": "loop", "If": "branch", "Case": "branch"}
 
 
-def _broken_in_graph(seen: Seen, targets: list[Any], sources: list[Any], name: str) -> str:
+def _broken_in_graph(seen: Seen, targets: list[Any], sources: list[Any], name: str) -> str | None:
     """Says what the graph of a tf.function shows between a source and a target, where the gradient is None."""
     graph = targets[0].graph
     starts = [(inner, source) for source in sources if (inner := _inner(graph, source)) is not None]
@@ -183,7 +189,7 @@ def _broken_in_graph(seen: Seen, targets: list[Any], sources: list[Any], name: s
                 f"{name} and the target are outputs of the same {_called(inner.op)}, which computes the target from a"
                 " copy inside: take the gradient inside"
             )
-    return f"the target does not use {name}, though perhaps a copy of it"
+    return None
 
 
 def _inner(graph: Any, outer: Any) -> Any:

@@ -217,7 +217,7 @@ class PersistentTape:
         if not isinstance(sources, NATIVE):
             sources = natives("`sources`", sources)
         if output_gradients is not None:
-            output_gradients = tf.nest.map_structure(native, output_gradients)
+            output_gradients = tf.nest.map_structure(_factor, output_gradients)
         if unconnected is not None:
             unconnected_gradients = _NONE
         tape = self._tape or self._open()
@@ -421,6 +421,12 @@ class PersistentTape:
 
 def _graph() -> Any:
     return None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
+
+
+def _factor(value: Any) -> Any:
+    if value is None:  # on which TensorFlow may end the process
+        raise TypeError("`output_gradients` must hold a tensor for each target, received None.")
+    return native(value)
 
 
 def _like(gradient: Any, vector: Any) -> Any:
