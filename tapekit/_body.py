@@ -12,8 +12,9 @@ import tensorflow as tf
 from keras import tree
 
 from tapekit._describe import describe, shape_and_dtype
-from tapekit._objective import RESERVED, Objective, tf_variable
+from tapekit._objective import RESERVED, Objective
 from tapekit._optimizers import Updater, all_finite
+from tapekit._tensors import tf_variable
 from tapekit.steps import Problem, Step
 from tapekit.stopping import Criterion
 

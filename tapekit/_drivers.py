@@ -13,7 +13,8 @@ import tensorflow as tf
 from keras import tree
 
 from tapekit._body import State, StepBody
-from tapekit._objective import read_variables, tf_variable, used_variables
+from tapekit._objective import read_variables, used_variables
+from tapekit._tensors import tf_variable
 from tapekit.steps import RAISING
 
 logger = logging.getLogger("tapekit")

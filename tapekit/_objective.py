@@ -11,6 +11,7 @@ import keras
 import tensorflow as tf
 
 from tapekit._describe import describe, shape_and_dtype, variable_name
+from tapekit._tensors import tf_variable
 
 RESERVED = {"loss", "step", "evaluations", "seconds"}
 
@@ -93,11 +94,6 @@ def _check_extra(name: Any, value: Any) -> tf.Tensor:
     if tensor.shape.rank:
         raise ValueError(f"{right}, received {describe(value)} under {name!r}; reduce it, say with tf.reduce_mean.")
     return tf.ensure_shape(tensor, []) if tensor.shape.rank is None else tensor
-
-
-def tf_variable(variable: Any) -> Any:
-    """Returns the `tf.Variable` that a `keras.Variable` holds, or the argument itself."""
-    return variable.value if isinstance(variable, keras.Variable) else variable
 
 
 class _SharedVariable(keras.Variable):

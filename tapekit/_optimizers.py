@@ -11,7 +11,8 @@ import keras
 import tensorflow as tf
 
 from tapekit._describe import describe, variable_name
-from tapekit._objective import keras_variable, tf_variable
+from tapekit._objective import keras_variable
+from tapekit._tensors import map_values, tf_variable
 
 
 def minimize(optimizer: Any, loss: Any, var_list: Any, tape: tf.GradientTape | None = None) -> Any:
@@ -229,13 +230,6 @@ class _Intercepted:
     @property
     def __class__(self) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]  # so that super() works inside the optimizer's own methods
         return type(vars(self)["__optimizer"])
-
-
-def map_values(function: Callable[[Any], Any], gradient: Any) -> Any:
-    """Applies an elementwise `function` to a gradient, dense or `tf.IndexedSlices`."""
-    if isinstance(gradient, tf.IndexedSlices):
-        return tf.IndexedSlices(function(gradient.values), gradient.indices, gradient.dense_shape)
-    return gradient if gradient is None else function(gradient)
 
 
 def all_finite(gradients: Sequence[Any]) -> tf.Tensor:

@@ -9,9 +9,10 @@ import numpy as np
 from keras import tree
 
 from tapekit._drivers import Advance, Driver, logger
-from tapekit._objective import keras_variable, tf_variable
+from tapekit._objective import keras_variable
 from tapekit._records import Records, row
 from tapekit._result import OptimizationResult, StopReason
+from tapekit._tensors import tf_variable
 from tapekit.callbacks import Callback
 from tapekit.callbacks._dispatch import Dispatch, VariablesModel, scalars
 from tapekit.stopping import either

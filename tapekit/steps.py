@@ -13,9 +13,10 @@ from keras import tree
 
 from tapekit._config import Configurable, Registry
 from tapekit._describe import describe, shape_and_dtype, unique_names
-from tapekit._objective import Objective, tf_variable, used_variables
-from tapekit._optimizers import Updater, all_finite, map_values
+from tapekit._objective import Objective, used_variables
+from tapekit._optimizers import Updater, all_finite
 from tapekit._tape import Intermediates, collecting
+from tapekit._tensors import map_values, tf_variable
 from tapekit.callbacks._base import recording
 
 __all__ = ["MinimizeStep", "Problem", "Step", "TapeStep", "get"]

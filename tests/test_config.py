@@ -12,6 +12,7 @@ import pytest
 import tensorflow as tf
 
 import tapekit as tk
+from tapekit import callbacks
 from tapekit.callbacks import FunctionCallback, IterationTable
 from tapekit.stopping import (
     AllOf,
@@ -119,6 +120,14 @@ def decay(rate):
 
 # Each object with one that is almost the same.
 OBJECTS = {
+    "ClipGradients": (callbacks.ClipGradients(norm=2.0, log="n"), callbacks.ClipGradients(global_norm=2.0, log="n")),
+    "GradientNoise": (callbacks.GradientNoise(0.3, seed=3), callbacks.GradientNoise(0.3, seed=4)),
+    "FreezeVariables": (callbacks.FreezeVariables("a|b", until=5), callbacks.FreezeVariables("a|b")),
+    "ScaleGradients": (callbacks.ScaleGradients({"a": 2.0, "b": 3}), callbacks.ScaleGradients({"a": 2.0, "b": 4})),
+    "CentralizeGradients": (callbacks.CentralizeGradients(), callbacks.ClipGradients(1.0)),
+    "GradientStatistics": (callbacks.GradientStatistics(every=3), callbacks.GradientStatistics(every=4)),
+    "CaptureGradients": (callbacks.CaptureGradients(every=3), callbacks.GradientStatistics(every=3)),
+    "CheckGradients": (callbacks.CheckGradients(2, entries=None), callbacks.CheckGradients(2)),
     "TapeStep": (tk.TapeStep(), tk.MinimizeStep()),
     "MinimizeStep": (tk.MinimizeStep(), tk.TapeStep()),
     "a user's step": (Shrunk(0.25), Shrunk(0.5)),

@@ -9,7 +9,7 @@ import tapekit
 
 PACKAGE = pathlib.Path(tapekit.__file__).parent
 LAYERS = [
-    {"_describe", "_config", "_records", "_result", "_version"},
+    {"_describe", "_tensors", "_config", "_records", "_result", "_version"},
     {"_explain"},
     {"stopping", "callbacks", "_tape"},
     {"_objective", "_optimizers", "steps"},

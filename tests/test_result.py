@@ -102,3 +102,11 @@ def test_a_measure_takes_the_gradients_if_it_has_an_argument_without_a_default()
     np.testing.assert_allclose(history["x"], [[1.5, 2.0]])
     np.testing.assert_allclose(history["gradient"], [[3.0, 4.0]])
     np.testing.assert_allclose(history["norm"], [5.0])
+
+
+@pytest.mark.parametrize("name", ["gradient_statistics", "capture_gradients", "iteration_table"])
+def test_a_callback_that_only_looks_does_not_count_as_an_end(name):
+    x = tf.Variable(0.0)
+    with pytest.raises(ValueError, match="must end the run, received none of them"):
+        tk.OptimizationLoop("sgd", callbacks=[name]).minimize(lambda: (x - 4.0) ** 2, [x])
+    assert float(x) == 0.0

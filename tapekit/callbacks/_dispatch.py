@@ -13,11 +13,12 @@ import numpy as np
 from tapekit._describe import check_integer
 from tapekit._records import row
 from tapekit.callbacks._base import Hooks
+from tapekit.callbacks._gradient_views import CaptureGradients, GradientStatistics
 from tapekit.callbacks._table import IterationTable
 
 # These read their arguments alone, so they can be called after a chunk of steps.
 _REPLAYABLE_IN_KERAS = (keras.callbacks.History, keras.callbacks.CSVLogger)
-_NEVER_STOP = (*_REPLAYABLE_IN_KERAS, IterationTable)
+_NEVER_STOP = (*_REPLAYABLE_IN_KERAS, IterationTable, GradientStatistics, CaptureGradients)
 _PER_STEP = ("on_train_batch_begin", "on_step", "on_train_batch_end")
 _PER_EPOCH = ("on_epoch_begin", "on_epoch_end")
 

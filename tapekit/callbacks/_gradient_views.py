@@ -9,7 +9,8 @@ import numpy as np
 import tensorflow as tf
 
 from tapekit._describe import check_integer, unique_names
-from tapekit.callbacks._gradients import CountingCallback, dense, largest_of, native, norm_of, state_variable
+from tapekit._tensors import tf_variable
+from tapekit.callbacks._gradients import CountingCallback, dense, largest_of, norm_of, state_variable
 
 
 class Shelf:
@@ -24,7 +25,7 @@ class Shelf:
 
     def choose(self, variables: Sequence[Any]) -> int:
         """Returns the number of a choice of variables."""
-        chosen = [native(variable) for variable in variables]
+        chosen = [tf_variable(variable) for variable in variables]
         key = tuple(map(id, chosen))
         self._chosen.setdefault(key, (unique_names(variables), chosen))
         return list(self._chosen).index(key)
@@ -39,7 +40,7 @@ class Shelf:
 
     def of(self, variable: Any) -> list[Any]:
         """Returns the places of a variable."""
-        return self._places[id(native(variable))]
+        return self._places[id(tf_variable(variable))]
 
 
 class ViewingCallback(CountingCallback):
@@ -54,7 +55,7 @@ class ViewingCallback(CountingCallback):
         """Makes room for what the variables of this run need."""
         super().on_train_begin(logs)
         assert self.model is not None
-        variables = [native(variable) for variable in self.model.trainable_variables]
+        variables = [tf_variable(variable) for variable in self.model.trainable_variables]
         key = tuple(map(id, variables))
         if key not in self._shelves:
             places = [[state_variable(*spec) for spec in self._room(variable)] for variable in variables]
@@ -69,7 +70,7 @@ class ViewingCallback(CountingCallback):
         def look() -> tf.Tensor:
             shelf.mark(choice)
             for variable, gradient in zip(variables, gradients, strict=True):
-                self._look(shelf.of(variable), dense(gradient), native(variable), before)
+                self._look(shelf.of(variable), dense(gradient), tf_variable(variable), before)
             return tf.constant(True)
 
         due = self._due(before)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import keras
 import tensorflow as tf
 
 from tapekit._describe import check_integer, check_real, describe, unique_names
+from tapekit._tensors import map_values, tf_variable
 from tapekit.callbacks._base import Callback
 
 
@@ -216,7 +216,7 @@ class FreezeVariables(CountingCallback):
 
     def _decays(self, variable: Any) -> bool:
         """Whether the optimizer, or one that it wraps, decays the weights of a variable."""
-        optimizer, target = getattr(self.loop or self.model, "optimizer", None), native(variable)
+        optimizer, target = getattr(self.loop or self.model, "optimizer", None), tf_variable(variable)
         while optimizer is not None:
             rate = getattr(optimizer, "weight_decay", None)
             uses = getattr(optimizer, "_use_weight_decay", lambda variable: True)
@@ -310,21 +310,9 @@ def _centralized(gradient: tf.Tensor) -> tf.Tensor:
 # What gradient callbacks share.
 
 
-def native(variable: Any) -> Any:
-    """Returns the `tf.Variable` that a `keras.Variable` holds, or the argument itself."""
-    return variable.value if isinstance(variable, keras.Variable) else variable
-
-
 def dense(gradient: Any) -> tf.Tensor:
     """Returns a gradient as a tensor; rows that `tf.IndexedSlices` name more than once add up."""
     return tf.convert_to_tensor(gradient)
-
-
-def map_values(function: Callable[[Any], Any], gradient: Any) -> Any:
-    """Applies an elementwise `function` that maps sums to sums to a gradient, dense or `tf.IndexedSlices`."""
-    if isinstance(gradient, tf.IndexedSlices):
-        return tf.IndexedSlices(function(gradient.values), gradient.indices, gradient.dense_shape)
-    return function(gradient)
 
 
 def largest_of(values: Any) -> tf.Tensor:
