@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -12,7 +11,7 @@ import tensorflow as tf
 from keras import tree
 
 from tapekit._describe import describe, shape_and_dtype
-from tapekit._objective import RESERVED, Objective
+from tapekit._objective import RESERVED, Objective, required_arguments
 from tapekit._optimizers import Updater, all_finite
 from tapekit._tensors import tf_variable
 from tapekit.steps import Problem, Step
@@ -138,13 +137,6 @@ class StepBody:
             raise ValueError(
                 f"`{argument}` must give tensors of a fixed shape, received {name!r} of {shape_and_dtype(row[name])}."
             )
-
-
-def required_arguments(function: Callable[..., Any]) -> list[str]:
-    """Returns the names of the positional arguments that a function cannot do without."""
-    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    parameters = inspect.signature(function).parameters.values()
-    return [item.name for item in parameters if item.kind in positional and item.default is item.empty]
 
 
 def _norm(gradients: Iterable[Any]) -> Any:

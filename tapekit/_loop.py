@@ -14,11 +14,11 @@ import tensorflow as tf
 from tapekit import callbacks as _callbacks
 from tapekit import steps as _steps
 from tapekit import stopping as _stopping
-from tapekit._body import StepBody, required_arguments
+from tapekit._body import StepBody
 from tapekit._config import Configurable
 from tapekit._describe import check_integer, check_real, describe
 from tapekit._drivers import Driver, make_driver
-from tapekit._objective import RESERVED, Objective, check_variables
+from tapekit._objective import RESERVED, Objective, check_variables, required_arguments
 from tapekit._optimizers import Updater
 from tapekit._result import OptimizationResult, StopReason
 from tapekit._run import Run
