@@ -68,7 +68,7 @@ def _assert_refused(world, error, argument, words, act):
         assert word in message
     assert message.endswith(".")
     assert "\n" not in message
-    assert len(message) < 500
+    assert len(message) < 700
     for old, new in zip(before, world.values(), strict=True):
         np.testing.assert_array_equal(old, new)
     assert int(world.optimizer.iterations) == 0

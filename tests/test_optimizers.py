@@ -68,7 +68,6 @@ OTHERS = {
     ),
     "legacy.LossScaleOptimizer": lambda: tf_keras.mixed_precision.LossScaleOptimizer(TO.legacy.Adam(0.1)),
     "schedule": lambda: TO.SGD(TO.schedules.ExponentialDecay(0.1, 2, 0.7), clipnorm=0.5),
-    "tf.compat.v1": lambda: tf.compat.v1.train.AdamOptimizer(0.1),
 }
 EVERY = {"keras": KERAS, "options": OPTIONS, "combined": COMBINED, "tf_keras": TF_KERAS, "others": OTHERS}
 

@@ -164,6 +164,8 @@ def test_a_configuration_finds_the_plugin_that_its_objects_come_from(python, by_
 
 
 class Halving(tk.Step):
+    provides = frozenset()
+
     def __init__(self, factor=0.5):
         self.factor = factor
 
