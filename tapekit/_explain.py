@@ -168,7 +168,6 @@ _CUTS = {
     "PyFunc": "tf.numpy_function, that is NumPy",
     "PyFuncStateless": "tf.numpy_function, that is NumPy",
 }
-_KINDS = {"PartitionedCall": "tf.function", "While": "loop", "If": "branch", "Case": "branch"}
 
 
 def _broken_in_graph(seen: Seen, targets: list[Any], sources: list[Any], name: str) -> str | None:
@@ -242,7 +241,6 @@ def _where_it_ends(seen: Seen, starts: list[tuple[Any, Any]], needed: dict[int, 
                             ends[op] = tensor, output
         # An end is one only if nothing behind it is reached by another way.
         beyond = [tensor for tensor in reached if id(tensor) not in outside]
-        beyond += [tensor for op in ends if _is_custom(op) for tensor in op.inputs]
         passed = {tensor.op for tensor in _ancestors(beyond).values()}
         causes.update((_cause(op, *end), None) for op, end in ends.items() if op not in passed)
 
@@ -276,9 +274,12 @@ def _is_custom(op: Any) -> bool:
 
 
 def _called(op: Any) -> str:
-    kind = next((kind for part, kind in _KINDS.items() if part in op.type), "function")
-    name = re.sub(r"^__[a-z]+_(.*)_[0-9]+$", r"\1", _bodies(op)[0]) if kind == "tf.function" else op.name
-    return f"{kind} {name!r}"
+    name = re.sub(r"^__[a-z]+_(.*)_[0-9]+$", r"\1", _bodies(op)[0])
+    if "PartitionedCall" not in op.type:
+        return f"branch or loop {op.name!r}"
+    if name == "cflow_gradient_wrapper":  # around a branch or loop when a tape watches
+        return f"branch or loop {op.name.rpartition('/')[0]!r}"
+    return f"tf.function {name!r}"
 
 
 def _bodies(op: Any) -> list[str]:

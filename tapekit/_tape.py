@@ -48,7 +48,8 @@ def intermediate(name: str, value: Any) -> Any:
 
     Raises:
         TypeError: `name` is not a string or `value` holds something else than tensors.
-        ValueError: the name has been given already.
+        ValueError: the name has been given already, or it is given inside a `tf.function`, branch or loop,
+            of which the tape outside sees the inputs and outputs alone.
 
     Example:
         >>> import tapekit as tk, tensorflow as tf
