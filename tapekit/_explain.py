@@ -6,11 +6,11 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
-import keras
 import numpy as np
 import tensorflow as tf
 
 from tapekit._describe import describe, variable_name
+from tapekit._tensors import tf_variable as native
 
 NATIVE = tf.Tensor, tf.Variable
 
@@ -25,11 +25,6 @@ class Seen(NamedTuple):
     watched: Sequence[Any]
     named: dict[str, Any]
     automatic: bool
-
-
-def native(value: Any) -> Any:
-    """Returns the `tf.Variable` that a `keras.Variable` holds, or the argument itself."""
-    return value.value if isinstance(value, keras.Variable) else value
 
 
 def natives(name: str, structure: Any) -> Any:

@@ -10,7 +10,8 @@ from typing import Any
 import tensorflow as tf
 
 from tapekit._describe import describe, shape_and_dtype, unique_names
-from tapekit._explain import NATIVE, Seen, components, differentiable, explain, native, natives, single
+from tapekit._explain import NATIVE, Seen, components, differentiable, explain, natives, single
+from tapekit._tensors import tf_variable as native
 
 _NONE, _ZERO = tf.UnconnectedGradients.NONE, tf.UnconnectedGradients.ZERO
 _collector: contextvars.ContextVar[Callable[[str, Any], None] | None] = contextvars.ContextVar(
