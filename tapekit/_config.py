@@ -7,7 +7,7 @@ import importlib.metadata
 import inspect
 import re
 from collections.abc import Callable
-from typing import Any, Generic, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import keras
 import numpy as np
@@ -123,7 +123,7 @@ def _registered(name: str | None, module: str | None) -> Any:
     return keras.saving.get_registered_object(name)
 
 
-class Registry(Generic[T]):
+class Registry:
     """The classes of one kind that can be asked for by name: tapekit's own and those of plugins.
 
     Args:
@@ -133,7 +133,7 @@ class Registry(Generic[T]):
         suffix: what a short name leaves out, as in "tape" for `TapeStep`.
     """
 
-    def __init__(self, argument: str, base: type[T], group: str, suffix: str = "") -> None:
+    def __init__(self, argument: str, base: type, group: str, suffix: str = "") -> None:
         self._argument = argument
         self._right = f"`{argument}` must be a {base.__name__}, its name or its configuration"
         self._base = base

@@ -122,11 +122,13 @@ class EagerDriver(Driver):
 
     def begin(self) -> State:
         """Returns the initial state as tensors."""
-        return tree.map_structure(tf.convert_to_tensor, self.body.initial)
+        state: Any = tree.map_structure(tf.convert_to_tensor, self.body.initial)
+        return state
 
     def read(self, state: State) -> State:
         """Returns the state as Python numbers and NumPy arrays."""
-        return tree.map_structure(lambda leaf: _number(leaf.numpy()), state)
+        numbers: Any = tree.map_structure(lambda leaf: _number(leaf.numpy()), state)
+        return numbers
 
     def limit(self) -> int:
         """Returns 1: an error in a later step then loses nothing of an earlier one."""
