@@ -9,9 +9,10 @@ import numbers
 from collections.abc import Iterable
 from typing import Any
 
-import keras
 import numpy as np
 import tensorflow as tf
+
+from tapekit._tensors import KerasVariable
 
 
 def describe(value: Any) -> str:
@@ -24,8 +25,8 @@ def describe(value: Any) -> str:
         return f"the class {value.__name__}"
     if inspect.isroutine(value):
         return f"the function {value.__name__}"
-    if isinstance(value, (tf.Variable, keras.Variable)):
-        kind = "keras.Variable" if isinstance(value, keras.Variable) else "tf.Variable"
+    if isinstance(value, (tf.Variable, KerasVariable)):
+        kind = "keras.Variable" if isinstance(value, KerasVariable) else "tf.Variable"
         return f"the {kind} {variable_name(value)!r} of {shape_and_dtype(value)}"
     if isinstance(value, (tf.Tensor, np.ndarray)):
         kind = "tf.Tensor" if isinstance(value, tf.Tensor) else "NumPy array"
@@ -45,7 +46,7 @@ def shape_and_dtype(value: Any) -> str:
 
 def variable_name(variable: Any) -> str:
     """Returns the path of a `keras.Variable`, or the name of a `tf.Variable` without its ":0"."""
-    if isinstance(variable, keras.Variable):
+    if isinstance(variable, KerasVariable):
         return variable.path
     return variable.name.split(":")[0]
 

@@ -8,7 +8,6 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import keras
 import tensorflow as tf
 
 from tapekit import callbacks as _callbacks
@@ -22,6 +21,7 @@ from tapekit._objective import RESERVED, Objective, check_variables, required_ar
 from tapekit._optimizers import Updater
 from tapekit._result import OptimizationResult, StopReason
 from tapekit._run import Run
+from tapekit._tensors import KerasVariable
 from tapekit.callbacks._base import Hooks
 from tapekit.callbacks._dispatch import Dispatch, overridden
 
@@ -306,7 +306,7 @@ class OptimizationLoop(Hooks, Configurable):
         limits = [part.n for part in self._criteria if isinstance(part, _stopping.MaxIterations)]
         period = 1 if live else dispatch.steps_to_edge(0, at_most=min(limits, default=1 << 62))
         structure = list(driver.body.variables) if variables is None else variables
-        if isinstance(structure, (tf.Variable, keras.Variable)):
+        if isinstance(structure, (tf.Variable, KerasVariable)):
             structure = [structure]
         return Run(driver, dispatch, [*self.callbacks, *extra], structure, steps_per_epoch, period, live)
 

@@ -11,7 +11,7 @@ import keras
 import tensorflow as tf
 
 from tapekit._describe import describe, shape_and_dtype, variable_name
-from tapekit._tensors import tf_variable
+from tapekit._tensors import KerasVariable, tf_variable
 
 RESERVED = {"loss", "step", "evaluations", "seconds"}
 
@@ -66,7 +66,7 @@ def _with_autograph(function: Callable[[], Any]) -> Any:
 
 def _check_loss(value: Any) -> tf.Tensor:
     right = "`loss` must return a scalar floating-point tensor, or one with a dict of named scalars"
-    if isinstance(value, keras.Variable):
+    if isinstance(value, KerasVariable):
         value = value.value
     if not isinstance(value, (tf.Tensor, tf.Variable)):
         hint = ", which no variable reaches" if isinstance(value, (int, float)) else ""
@@ -114,18 +114,18 @@ class _SharedVariable(keras.Variable):
 
 def keras_variable(variable: Any) -> keras.Variable:
     """Returns a `keras.Variable` that shares the storage of a `tf.Variable`, or the argument itself."""
-    return variable if isinstance(variable, keras.Variable) else _SharedVariable(variable)
+    return variable if isinstance(variable, KerasVariable) else _SharedVariable(variable)
 
 
 def check_variables(structure: Any) -> list[Any]:
     """Returns the variables of a nested structure in order, or raises if one of them cannot be minimized over."""
-    variables = [structure] if isinstance(structure, (tf.Variable, keras.Variable)) else tf.nest.flatten(structure)
+    variables = [structure] if isinstance(structure, (tf.Variable, KerasVariable)) else tf.nest.flatten(structure)
     if not variables:
         raise ValueError(f"`variables` must hold at least one variable, received {describe(structure)}.")
     for position, variable in enumerate(variables):
         place = f"as item {position} " if tf.nest.is_nested(structure) else ""
         right = f"`variables` must be trainable floating-point variables, received {place}{describe(variable)}"
-        if not isinstance(variable, (tf.Variable, keras.Variable)):
+        if not isinstance(variable, (tf.Variable, KerasVariable)):
             hint = "; give its trainable_variables" if hasattr(variable, "trainable_variables") else ""
             raise TypeError(f"{right}{hint}.")
         if not tf.as_dtype(variable.dtype).is_floating:

@@ -12,7 +12,7 @@ import tensorflow as tf
 
 from tapekit._describe import describe, variable_name
 from tapekit._objective import keras_variable
-from tapekit._tensors import map_values, tf_variable
+from tapekit._tensors import KerasVariable, map_values, tf_variable
 
 
 def minimize(optimizer: Any, loss: Any, var_list: Any, tape: tf.GradientTape | None = None) -> Any:
@@ -74,8 +74,8 @@ def minimize(optimizer: Any, loss: Any, var_list: Any, tape: tf.GradientTape | N
 
 
 def _flat(var_list: Any) -> list[Any]:
-    variables = [var_list] if isinstance(var_list, (tf.Variable, keras.Variable)) else tf.nest.flatten(var_list)
-    strange = [variable for variable in variables if not isinstance(variable, (tf.Variable, keras.Variable))]
+    variables = [var_list] if isinstance(var_list, (tf.Variable, KerasVariable)) else tf.nest.flatten(var_list)
+    strange = [variable for variable in variables if not isinstance(variable, (tf.Variable, KerasVariable))]
     if strange or not variables:
         received = describe(strange[0] if strange else var_list)
         raise TypeError(f"`var_list` must hold tf.Variable or keras.Variable, at least one, received {received}.")

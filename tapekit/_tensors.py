@@ -8,10 +8,13 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+KerasVariable: type = keras.Variable.__bases__[0]
+"""The class of the variables of layers too, which in older Keras is a parent of `keras.Variable`."""
+
 
 def tf_variable(variable: Any) -> Any:
     """Returns the `tf.Variable` that a `keras.Variable` holds, or the argument itself."""
-    return variable.value if isinstance(variable, keras.Variable) else variable
+    return variable.value if isinstance(variable, KerasVariable) else variable
 
 
 def map_values(function: Callable[[Any], Any], gradient: Any) -> Any:

@@ -74,11 +74,16 @@ class ClipGradients(Callback):
         if self.log is not None:
             self.record(self.log, norm_of(gradients))
         if self.value is not None:
-            return [tf.clip_by_value(dense(gradient), -self.value, self.value) for gradient in gradients]
+            return [_between(dense(gradient), self.value) for gradient in gradients]
         if self.norm is not None:
             return [_scaled(gradient, _shrinkage(self.norm, [gradient])) for gradient in gradients]
         shrinkage = _shrinkage(self.global_norm, gradients)
         return [_scaled(gradient, shrinkage) for gradient in gradients]
+
+
+def _between(gradient: tf.Tensor, limit: float) -> tf.Tensor:
+    # The clipping of older versions of XLA turns NaN into the limit.
+    return tf.where(tf.math.is_nan(gradient), gradient, tf.clip_by_value(gradient, -limit, limit))
 
 
 class CountingCallback(Callback):
