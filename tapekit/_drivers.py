@@ -122,6 +122,7 @@ class EagerDriver(Driver):
 
     def begin(self) -> State:
         """Returns the initial state as tensors."""
+        self._shapes = {}
         state: Any = tree.map_structure(tf.convert_to_tensor, self.body.initial)
         return state
 
