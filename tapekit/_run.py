@@ -14,7 +14,8 @@ from tapekit._records import Records, row
 from tapekit._result import OptimizationResult, StopReason
 from tapekit._tensors import tf_variable
 from tapekit.callbacks import Callback
-from tapekit.callbacks._dispatch import Dispatch, VariablesModel, scalars
+from tapekit.callbacks._dispatch import Dispatch, scalars
+from tapekit.callbacks._variables_model import VariablesModel
 from tapekit.stopping import either
 
 

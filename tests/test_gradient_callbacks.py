@@ -25,7 +25,7 @@ from tapekit.callbacks import (
     GradientStatistics,
     ScaleGradients,
 )
-from tapekit.callbacks._dispatch import VariablesModel
+from tapekit.callbacks._variables_model import VariablesModel
 
 EAGER = DRIVERS["eager"]
 over_drivers = pytest.mark.parametrize("driver", DRIVERS.values(), ids=DRIVERS)
