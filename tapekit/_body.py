@@ -11,7 +11,7 @@ import tensorflow as tf
 from keras import tree
 
 from tapekit._describe import describe, shape_and_dtype
-from tapekit._objective import RESERVED, Objective, required_arguments
+from tapekit._objective import RESERVED, required_arguments
 from tapekit._optimizers import Updater, all_finite
 from tapekit._tensors import tf_variable
 from tapekit.steps import Problem, Step
@@ -32,7 +32,7 @@ class StepBody:
     """The one step that every driver runs: strategy, records, criteria.
 
     Args:
-        objective: what is minimized.
+        objective: what is minimized, an `Objective` or what has its methods.
         updater: the optimizer.
         variables: what it is minimized over.
         step: the strategy.
@@ -44,7 +44,7 @@ class StepBody:
 
     def __init__(
         self,
-        objective: Objective,
+        objective: Any,
         updater: Updater,
         variables: list[Any],
         step: Step,
@@ -66,8 +66,9 @@ class StepBody:
         self.initial: State = tree.map_structure(np.asarray, start)
         """The state before the first step, of NumPy arrays."""
 
-    def __call__(self, state: State, seconds: Any) -> tuple[State, dict[str, Any], Any]:
+    def __call__(self, state: State, seconds: Any, batch: Any = ()) -> tuple[State, dict[str, Any], Any]:
         """Makes one step and returns the next state, the row to record and the criteria that fired."""
+        self.objective.bind(batch)
         names = {*self._measures, *(name for name in _RECORDED if name in self.needs)}
         problem = Problem(self.objective, self.updater, self.variables, self._hooks, self.allow_unused, names)
         before = [tf.identity(tf_variable(v)) for v in self.variables] if "variables_change" in self.needs else []
@@ -81,6 +82,10 @@ class StepBody:
                 " step declare provides = frozenset(), received neither."
             )
         row = {name: tf.convert_to_tensor(tf_variable(value)) for name, value in taken.items()}
+        for name, value in self.objective.conclude().items():
+            self._add(row, "metrics", name, value)
+        if self.updater.skips:
+            self._add(row, "optimizer", "skipped", tf.logical_not(all_finite(problem.gradients or ())))
         step = state.step + 1
         evaluations = state.evaluations + tf.cast(row.pop("evaluations", problem.evaluations), tf.int64)
 
@@ -140,7 +145,8 @@ class StepBody:
 
 
 def _norm(gradients: Iterable[Any]) -> Any:
-    return tf.sqrt(tf.add_n([tf.reduce_sum(tf.square(tf.cast(tf.abs(_dense(g)), tf.float64))) for g in gradients]))
+    squares = [tf.reduce_sum(tf.square(tf.cast(tf.abs(_dense(g)), tf.float64))) for g in gradients]
+    return tf.sqrt(tf.add_n(squares or [tf.zeros([], tf.float64)]))
 
 
 def _dense(gradient: Any) -> Any:

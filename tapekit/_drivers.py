@@ -13,6 +13,7 @@ import tensorflow as tf
 from keras import tree
 
 from tapekit._body import State, StepBody
+from tapekit._data import NO_DATA, Portion
 from tapekit._objective import read_variables, used_variables
 from tapekit._tensors import tf_variable
 from tapekit.steps import RAISING
@@ -46,6 +47,8 @@ class Advance(NamedTuple):
     """The records, with at least `taken` rows."""
     loss: float | None
     """The loss after the last step, if it is known already."""
+    exhausted: bool = False
+    """Whether the data ended before the chunk did."""
 
 
 class Pace:
@@ -83,8 +86,8 @@ class Driver:
         self._longest = longest
         self._pace = Pace()
 
-    def prepare(self, period: int) -> None:
-        """Gets ready for a run in which somebody needs the host every `period` steps at the latest."""
+    def prepare(self, period: int, portion: Portion = NO_DATA) -> None:
+        """Gets ready for batches of a shape, and for somebody who needs the host every `period` steps at the latest."""
 
     def limit(self) -> int:
         """Returns how many steps the next chunk should have if nobody needs the host before."""
@@ -98,13 +101,14 @@ class Driver:
         """Returns a state as Python numbers and NumPy arrays."""
         raise NotImplementedError
 
-    def advance(self, state: Any, limit: int, seconds: float) -> Advance:
-        """Takes up to `limit` steps, and stops exactly where a criterion says.
+    def advance(self, state: Any, limit: int, seconds: float, portion: Portion = NO_DATA) -> Advance:
+        """Takes up to `limit` steps, and stops exactly where a criterion says or the data ends.
 
         Args:
             state: the result of `begin` or of the advance before.
             limit: the largest number of steps, at least 1.
             seconds: the time since the run began.
+            portion: the batches, at least `limit` of them unless it is a stream; `prepare` has seen their shape.
         """
         raise NotImplementedError
 
@@ -135,11 +139,15 @@ class EagerDriver(Driver):
         """Returns 1: an error in a later step then loses nothing of an earlier one."""
         return 1
 
-    def advance(self, state: State, limit: int, seconds: float) -> Advance:
-        """Takes one step, or none at all if anything in it raises."""
-        self.body.updater.save(self.body.variables)
+    def advance(self, state: State, limit: int, seconds: float, portion: Portion = NO_DATA) -> Advance:
+        """Takes one step, or none at all if anything in it raises or the data has ended."""
         try:
-            state, row, fired = self.body(state, tf.constant(seconds, tf.float64))
+            batch = portion.take()
+        except StopIteration:
+            return Advance(state, 0, 0, int(state.evaluations), {}, None, exhausted=True)
+        self.body.updater.save([*self.body.variables, *self.body.objective.variables])
+        try:
+            state, row, fired = self.body(state, tf.constant(seconds, tf.float64), batch)
             self._check_shapes({name: tuple(value.shape) for name, value in row.items()})
         except BaseException:
             self.body.updater.roll_back()
@@ -176,19 +184,30 @@ class _Packed(NamedTuple):
     taken: Any
     fired: Any
     loss: Any
+    exhausted: Any
     state: State
+
+
+class _Program:
+    """A step traced for batches of one shape, and the compiled loops around it."""
+
+    def __init__(self, step: Any, capacity: int, jit: bool) -> None:
+        self.step = step
+        self.chunks: dict[Any, tuple[Any, Any]] = {}
+        self.capacity = capacity
+        self.jit = jit
 
 
 class CompiledDriver(Driver):
     """Runs chunks of steps in one `tf.while_loop`, as a graph or compiled by XLA.
 
-    The user's code is traced once, as one step; loops with room for more or fewer records are made around
-    that trace.
+    The user's code is traced once for each shape of batches, as one step; loops with room for more or fewer
+    records are made around that trace.
 
     Args:
         body: the step.
         longest: the largest number of steps that a chunk may have.
-        loss: the objective, traced.
+        loss: the objective, traced; `None` if it needs a batch.
         jit_compile: True, False or "auto": XLA where it compiles without a change of meaning.
     """
 
@@ -202,69 +221,98 @@ class CompiledDriver(Driver):
         self._loss = loss
         self._strict = jit_compile is True
         self._jit = bool(jit_compile)
-        self._packing = _Packing(_Packed(np.int32(0), np.int32(0), np.float64(np.nan), body.initial))
-        self._step: Any = None
-        self._chunks: dict[tuple[bool, int], Any] = {}
+        start = _Packed(np.int32(0), np.int32(0), np.float64(np.nan), np.bool_(False), body.initial)
+        self._packing = _Packing(start)
+        self._programs: dict[Any, _Program] = {}
 
-    def prepare(self, period: int) -> None:
-        """Traces the step if it is not yet."""
-        if self._step is None:
+    def prepare(self, period: int, portion: Portion = NO_DATA) -> None:
+        """Traces the step if it is not yet for batches of this shape."""
+        key = portion.key
+        if key not in self._programs:
             clock = tf.TensorSpec([], tf.float64)
             specs = [tf.TensorSpec(leaf.shape, leaf.dtype) for leaf in tree.flatten(self.body.initial)]
-            self._step = tf.function(self._trace, autograph=False).get_concrete_function(clock, *specs)
-            types = _op_types(self._step)
-            changed = sorted(types & _CHANGED_BY_XLA)
-            slow = [] if tf.config.list_logical_devices("GPU") else sorted(types & _SLOW_UNDER_XLA_ON_CPU)
-            if types & RAISING:
-                self._longest = 1  # so that an error in a later step loses nothing of an earlier one
-            if self._jit and not self._strict and changed:
-                self._fall_back(f"it would change the meaning of {', '.join(changed)}")
-            elif self._jit and not self._strict and slow:
-                self._fall_back(f"it is slow at {', '.join(slow)} on a CPU", logging.INFO)
+            trace = tf.function(self._trace, autograph=False)
+            step = trace.get_concrete_function(clock, specs, portion.spec)
+            self._programs[key] = _Program(step, 1, self._jit)
+            self._choose(_op_types(step), portion)
         self._period = min(period, self._longest)
-        self._key = self._jit, self._capacity()
+        program = self._programs[key]
+        program.jit = self._jit and (self._strict or portion.length != 1)  # a lone batch is not worth a compilation
+        program.capacity = self._capacity(program)
 
-    def _trace(self, seconds: Any, *leaves: Any) -> Any:
+    @property
+    def steps(self) -> list[Any]:
+        """The traced steps, one for each shape of batches."""
+        return [program.step for program in self._programs.values()]
+
+    def _trace(self, seconds: Any, leaves: Any, batch: Any) -> Any:
         self.traces += 1
-        state, row, fired = self.body(tree.pack_sequence_as(self.body.initial, leaves), seconds)
+        state, row, fired = self.body(tree.pack_sequence_as(self.body.initial, leaves), seconds, batch)
         return tree.flatten(state), row, fired
+
+    def _choose(self, types: set[str], portion: Portion) -> None:
+        """Leaves XLA where it would be wrong or slow, and long chunks where an error would lose their records."""
+        changed = sorted(types & _CHANGED_BY_XLA)
+        slow = [] if tf.config.list_logical_devices("GPU") else sorted(types & _SLOW_UNDER_XLA_ON_CPU)
+        if types & RAISING:
+            self._longest = 1  # so that an error in a later step loses nothing of an earlier one
+        if self._jit and not self._strict and changed:
+            self._fall_back(f"it would change the meaning of {', '.join(changed)}")
+        elif self._jit and not self._strict and slow:
+            self._fall_back(f"it is slow at {', '.join(slow)} on a CPU", logging.INFO)
 
     def _fall_back(self, why: str, level: int = logging.WARNING) -> None:
         self._jit = False
         logger.log(level, "jit_compile='auto' runs this objective as a graph, without XLA: %s.", why)
 
-    def _capacity(self) -> int:
+    def _capacity(self, program: _Program) -> int:
         """The number of rows that a chunk has room for: as many as it can have steps, within bounds."""
-        rows = min(self._period, self.MOST if self._jit else self.MOST_IN_GRAPH)
+        rows = min(self._period, self.MOST if program.jit else self.MOST_IN_GRAPH)
         rows += -rows % self.LEAST
-        specs = self._step.structured_outputs[1].values()
+        specs = program.step.structured_outputs[1].values()
         row_bytes = sum(spec.dtype.size * spec.shape.num_elements() for spec in specs)
         return max(1, min(rows, self.BYTES // max(1, row_bytes)))
 
-    def _chunk(self, jit: bool, capacity: int) -> Any:
-        """Returns the compiled loop of steps with room for `capacity` rows, and the variables that it captures."""
-        step, packing = self._step, self._packing
-        rows = step.structured_outputs[1]
+    def _chunk(self, program: _Program, portion: Portion) -> Any:
+        """Returns the compiled loop of steps with room for their records, and the variables that it captures."""
+        packing, capacity, batch_of = self._packing, program.capacity, portion.batch
+        rows = program.step.structured_outputs[1]
+        # The batches of a stream come from outside of what XLA compiles, so there it is the step that is compiled.
+        step = program.step if batch_of else tf.function(program.step, autograph=False, jit_compile=program.jit)
 
-        def run(limit, seconds, integers, floats):
-            def proceed(taken, fired, leaves, records):
-                return (taken < limit) & (fired == 0)
+        def run(limit, seconds, integers, floats, feed):
+            def proceed(taken, fired, exhausted, leaves, records):
+                return (taken < limit) & (fired == 0) & ~exhausted
 
-            def advance(taken, fired, leaves, records):
-                leaves, row, fired = step(seconds, *leaves)
-                return taken + 1, fired, leaves, {name: records[name].write(taken, row[name]) for name in row}
+            def take(taken, leaves, records, batch):
+                leaves, row, fired = step(seconds, leaves, batch)
+                records = {name: records[name].write(taken, row[name]) for name in row}
+                return taken + 1, fired, tf.constant(False), leaves, records
+
+            def advance(taken, fired, exhausted, leaves, records):
+                if batch_of:
+                    return take(taken, leaves, records, batch_of(feed, taken))
+                batch = feed.get_next_as_optional()
+                return tf.cond(
+                    batch.has_value(),
+                    lambda: take(taken, leaves, records, batch.get_value()),
+                    lambda: (taken, fired, tf.constant(True), leaves, records),
+                )
 
             records = {name: tf.TensorArray(row.dtype, capacity, element_shape=row.shape) for name, row in rows.items()}
             leaves = tree.flatten(packing.unpack(integers, floats, _tensor).state)
-            start = (tf.constant(0), tf.constant(0), leaves, records)
-            taken, fired, leaves, records = tf.while_loop(proceed, advance, start, parallel_iterations=1)
-            loss = tf.cond(fired == 0, lambda: tf.constant(np.nan, tf.float64), lambda: self._loss())
-            integers, floats = packing.pack([taken, fired, loss, *leaves])
+            start = (tf.constant(0), tf.constant(0), tf.constant(False), leaves, records)
+            end = tf.while_loop(proceed, advance, start, parallel_iterations=1)
+            taken, fired, exhausted, leaves, records = end
+            unknown = tf.constant(np.nan, tf.float64)
+            loss = tf.cond(fired == 0, lambda: unknown, lambda: self._loss()) if self._loss else unknown
+            integers, floats = packing.pack([taken, fired, loss, exhausted, *leaves])
             return integers, floats, {name: record.stack() for name, record in records.items()}
 
         limit, clock = tf.TensorSpec([], tf.int32), tf.TensorSpec([], tf.float64)
         specs = [tf.TensorSpec(part.shape, part.dtype) for part in self.begin()]
-        function = tf.function(run, autograph=False, jit_compile=jit).get_concrete_function(limit, clock, *specs)
+        compiled = tf.function(run, autograph=False, jit_compile=program.jit and batch_of is not None)
+        function = compiled.get_concrete_function(limit, clock, *specs, tf.nest.map_structure(_spec, portion.feed))
         # The public call spends 35 us on matching arguments to the signature, a third of a live step.
         return function._call_flat, function.captured_inputs
 
@@ -276,20 +324,22 @@ class CompiledDriver(Driver):
         """Returns the state as Python numbers and NumPy arrays."""
         return self._packing.unpack(_array(state[0]), _array(state[1]), _plain).state
 
-    def advance(self, state: tuple[tf.Tensor, tf.Tensor], limit: int, seconds: float) -> Advance:
+    def advance(self, state: tuple[tf.Tensor, tf.Tensor], limit: int, seconds: float, portion=NO_DATA) -> Advance:
         """Takes the steps in one call."""
-        key = self._key
+        program = self._programs[portion.key]
+        feed = [leaf for leaf in tf.nest.flatten(portion.feed, expand_composites=True) if leaf is not None]
+        key = program.jit, program.capacity, *((part.shape, part.dtype) for part in feed)
         started = time.perf_counter()
-        fresh = key not in self._chunks
+        fresh = key not in program.chunks
         if fresh:
-            self._chunks[key] = self._chunk(*key)
-        call, captured = self._chunks[key]
-        limit = min(limit, key[1])
+            program.chunks[key] = self._chunk(program, portion)
+        call, captured = program.chunks[key]
+        limit = min(limit, program.capacity)
         clock = _constant(seconds if "seconds" in self.body.needs else 0.0, tf.float64)
         try:
-            integers, floats, records = call([_constant(limit, tf.int32), clock, *state], captured)
+            integers, floats, records = call([_constant(limit, tf.int32), clock, *state, *feed], captured)
         except tf.errors.OpError as error:
-            if not (fresh and self._jit):
+            if not (fresh and program.jit):
                 raise
             first_line = str(error.message).partition("\n")[0][:200]
             if self._strict:
@@ -298,18 +348,24 @@ class CompiledDriver(Driver):
                     f" ({first_line})."
                 ) from error
             self._fall_back(first_line)
-            self._key = self._jit, self._capacity()
-            return self.advance(state, limit, seconds)
-        taken, fired, _, evaluations = _array(integers)[:4].tolist()
-        if not fresh:
+            self.prepare(self._period, portion)
+            return self.advance(state, limit, seconds, portion)
+        taken, fired, exhausted, _, evaluations = _array(integers)[:5].tolist()
+        if not fresh and taken:
             self._pace.observe(taken, time.perf_counter() - started)
         columns = {name: _array(record) for name, record in records.items()}
-        loss = _array(floats)[0].item() if fired else None
-        return Advance((integers, floats), taken, fired, evaluations, columns, loss)
+        loss = _array(floats)[0].item() if fired and self._loss else None
+        return Advance((integers, floats), taken, fired, evaluations, columns, loss, bool(exhausted))
 
     def evaluate(self) -> float:
         """Runs the traced objective."""
         return float(self._loss())
+
+
+def _spec(leaf: Any) -> Any:
+    if leaf is None:
+        return None
+    return tf.type_spec_from_value(leaf) if not isinstance(leaf, tf.Tensor) else tf.TensorSpec(leaf.shape, leaf.dtype)
 
 
 class _Packing:
@@ -384,6 +440,11 @@ def make_driver(body: StepBody, eager: bool, jit_compile: bool | str, longest: i
     objective and its gradient, so that an objective that cannot be minimized is refused here; the eager one
     finds that at its first step, before it applies anything.
     """
+    if body.objective.needs_batch:
+        body.updater.check(body.variables)
+        body.updater.build(body.updater.native(body.variables))
+        body.step.build(body.variables)
+        return EagerDriver(body, longest) if eager else CompiledDriver(body, longest, None, jit_compile)
     if eager:
         if not body.variables:
             body.variables = read_variables(body.objective)

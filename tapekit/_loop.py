@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import keras
 import tensorflow as tf
 
 from tapekit import callbacks as _callbacks
@@ -17,6 +18,17 @@ from tapekit._body import StepBody
 from tapekit._config import Configurable
 from tapekit._describe import check_integer, check_real, describe
 from tapekit._drivers import Driver, make_driver
+from tapekit._fit import FitArguments, FitRun, keras_defaults
+from tapekit._model import (
+    ModelObjective,
+    build_model,
+    check_model,
+    check_step,
+    compile_model,
+    jit_compile_for,
+    needs_scaling,
+    step_for,
+)
 from tapekit._objective import RESERVED, Objective, check_variables, required_arguments
 from tapekit._optimizers import Updater
 from tapekit._result import OptimizationResult, StopReason
@@ -38,7 +50,7 @@ class OptimizationLoop(Hooks, Configurable):
 
     Args:
         optimizer: a `keras.optimizers.Optimizer`, its name or configuration; a `tf_keras` one; or any
-            object with `apply_gradients`.
+            object with `apply_gradients`. `None` leaves it to the models that are compiled with one.
         step: the step strategy, its name or configuration: `TapeStep()` or `MinimizeStep()`, which give
             the same numbers bit for bit, or a `Step` of your own.
         stopping: a criterion, or a list of which any one stops.
@@ -74,7 +86,7 @@ class OptimizationLoop(Hooks, Configurable):
 
     def __init__(
         self,
-        optimizer: Any,
+        optimizer: Any = None,
         step: Any = "tape",
         stopping: Any = None,
         callbacks: Any = None,
@@ -85,8 +97,9 @@ class OptimizationLoop(Hooks, Configurable):
         jit_compile: bool | str = "auto",
         steps_per_execution: int | str = "auto",
     ) -> None:
-        self._updater = Updater(optimizer)
-        self.optimizer = self._updater.optimizer
+        self._updater = None if optimizer is None else Updater(optimizer)
+        self.optimizer = None if self._updater is None else self._updater.optimizer
+        self._scaled: Any = None
         self.step = _steps.get(step)
         self.stopping = None if stopping is None else _stopping.get(stopping)
         self.callbacks = _callback_list(callbacks)
@@ -199,6 +212,113 @@ class OptimizationLoop(Hooks, Configurable):
                 if run.step > before:
                     yield run.step, run.logs
 
+    def fit(
+        self,
+        model: Any,
+        x: Any = None,
+        y: Any = None,
+        batch_size: int | None = None,
+        epochs: int = 1,
+        verbose: int | str = "auto",
+        callbacks: Any = None,
+        validation_split: float = 0.0,
+        validation_data: Any = None,
+        shuffle: bool | str = True,
+        class_weight: Any = None,
+        sample_weight: Any = None,
+        initial_epoch: int = 0,
+        steps_per_epoch: int | None = None,
+        validation_steps: int | None = None,
+        validation_batch_size: int | None = None,
+        validation_freq: int | list[int] = 1,
+        *,
+        loss: Any = None,
+        metrics: Any = None,
+        device_bytes: int = 1 << 30,
+    ) -> OptimizationResult:
+        """Trains a Keras model as its own `fit` does, with the criteria, hooks and speed of this loop.
+
+        The arguments up to `validation_freq` are those of `keras.Model.fit`, and so are the numbers: the
+        same weights and epoch logs with `shuffle=False`. What the model was compiled with is honoured; an
+        optimizer that this loop was given, `run_eagerly`, `jit_compile` and `steps_per_execution` come
+        first. Arrays are put on the device once and cut into batches inside the compiled steps; all else
+        is streamed. A model that overrides `train_step` is run through it.
+
+        Args:
+            model: a `keras.Model`.
+            x: inputs: arrays, tensors or pandas objects of shape (samples, ...), dicts or lists of them, a
+                `tf.data.Dataset`, a `keras.utils.PyDataset` or a generator of batches.
+            y: targets, if `x` does not bring them.
+            batch_size: samples a batch; 32 if it is `None`.
+            epochs: the number of the last epoch.
+            verbose: 0 for silence, 1 for a progress bar, 2 for a line an epoch, "auto" for 1.
+            callbacks: callbacks for this run, called after those of the loop.
+            validation_split: the share of the samples at the end that is used for validation.
+            validation_data: `(x, y)`, `(x, y, sample_weight)` or a dataset, evaluated after epochs.
+            shuffle: whether arrays are shuffled before each epoch; "batch" does so within batches.
+            class_weight: a dict of the weights of classes in the loss.
+            sample_weight: the weight of each sample in the loss.
+            initial_epoch: how many epochs came before.
+            steps_per_epoch: batches an epoch; `None` for a whole pass over the data.
+            validation_steps: batches a validation; `None` for all.
+            validation_batch_size: samples a batch of the validation; `None` for `batch_size`.
+            validation_freq: after how many epochs, or a list of the epochs (from 1) after which, to validate.
+            loss: the loss with which a model that is not compiled is compiled.
+            metrics: the metrics with which a model that is not compiled is compiled.
+            device_bytes: arrays of more bytes in all are streamed rather than put on the device.
+
+        Returns:
+            The `OptimizationResult`: `history` has a row a step with the loss of that very batch,
+            `epoch_history` a row an epoch with Keras's names and values. `variables` are the trainable ones.
+
+        Raises:
+            TypeError: an argument is of the wrong kind.
+            ValueError: an argument has a wrong value, the model is not compiled and no `loss` is given, or the
+                step strategy and the model's own `train_step` exclude each other.
+            RuntimeError: the loop runs already, or is called inside a `tf.function`.
+
+        Example:
+            >>> import keras, numpy as np, tapekit as tk
+            >>> x = np.linspace(-1.0, 1.0, 64, dtype="float32")[:, None]
+            >>> model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
+            >>> model.compile(keras.optimizers.SGD(0.2), "mse")
+            >>> loop = tk.OptimizationLoop(stopping=tk.stopping.LossBelow(1e-4))
+            >>> result = loop.fit(model, x, 3.0 * x + 1.0, epochs=100, verbose=0)
+            >>> result.converged, result.history["loss"].shape == (result.steps,)
+            (True, True)
+        """
+        run = self._prepare_fit(
+            model,
+            callbacks,
+            FitArguments(
+                x=x,
+                y=y,
+                batch_size=batch_size,
+                epochs=epochs,
+                verbose=verbose,
+                validation_split=validation_split,
+                validation_data=validation_data,
+                shuffle=shuffle,
+                class_weight=class_weight,
+                sample_weight=sample_weight,
+                initial_epoch=initial_epoch,
+                steps_per_epoch=steps_per_epoch,
+                validation_steps=validation_steps,
+                validation_batch_size=validation_batch_size,
+                validation_freq=validation_freq,
+                device_bytes=device_bytes,
+            ),
+            loss,
+            metrics,
+        )
+        with self._running(run):
+            for _ in run.epochs():
+                while run.in_epoch:
+                    self._advance(run)
+                run.end_epoch()
+                self._heed_stop(run)
+        return run.result
+
     def stop(self, reason: str = "a hook asked for it") -> None:
         """Ends the run, from any hook; one that is live stops it at that very step.
 
@@ -248,7 +368,8 @@ class OptimizationLoop(Hooks, Configurable):
         if self._heed_stop(run):
             return
         chunk = run.advance(run.steps_to_next_edge())
-        run.dispatch.after(run.step - chunk.taken + 1, chunk.taken, chunk.columns)
+        if chunk.taken:
+            run.dispatch.after(run.step - chunk.taken + 1, chunk.taken, chunk.columns)
         if chunk.fired:
             run.explain(chunk.fired)
         self._heed_stop(run)
@@ -288,47 +409,103 @@ class OptimizationLoop(Hooks, Configurable):
             self.result = run.conclude()
             self._lock.release()
 
-    def _prepare(self, loss, variables, callbacks, steps_per_epoch, allow_unused, live) -> Run:
+    def _check_can_run(self) -> None:
         if not tf.executing_eagerly():
             raise RuntimeError("a loop must be run from Python, outside of any tf.function, which it compiles itself.")
         if self._lock.locked():
             raise RuntimeError(_RUNNING)
+
+    def _prepare(self, loss, variables, callbacks, steps_per_epoch, allow_unused, live) -> Run:
+        self._check_can_run()
+        if self._updater is None:
+            raise ValueError("`optimizer` must be given to the loop for a function to be minimized, received None.")
         objective = Objective(loss)
         given = None if variables is None else check_variables(variables)
         extra = _callback_list(callbacks)
         self._check_step_provides(extra)
         dispatch = Dispatch([self, *self.callbacks, *extra], check_integer(steps_per_epoch, "steps_per_epoch", 1))
-        if not (live or self._criteria[1:] or dispatch.can_stop):
+        if not (live or self._ends_by_itself or dispatch.can_stop):
             raise ValueError(
                 "`max_iterations`, `tolerance`, `stopping` or a callback must end the run, received none of them."
             )
-        driver = self._program(objective, given, dispatch, allow_unused)
+        names = None if given is None else tuple(id(variable) for variable in given)
+        driver = self._program(
+            (objective.function, given),
+            (_identity(objective.function), names, allow_unused),
+            dispatch,
+            lambda: (objective, self._updater, given or [], self.step, allow_unused),
+            self.run_eagerly,
+            self.jit_compile,
+        )
         limits = [part.n for part in self._criteria if isinstance(part, _stopping.MaxIterations)]
-        period = 1 if live else dispatch.steps_to_edge(0, at_most=min(limits, default=1 << 62))
+        period = 1 if live else dispatch.period(min(limits, default=1 << 62))
         structure = list(driver.body.variables) if variables is None else variables
         if isinstance(structure, (tf.Variable, KerasVariable)):
             structure = [structure]
         return Run(driver, dispatch, [*self.callbacks, *extra], structure, steps_per_epoch, period, live)
 
-    def _program(self, objective: Objective, variables: list[Any] | None, dispatch: Any, allow_unused: bool) -> Driver:
-        """Returns the driver for an objective, the same one for the same question."""
-        names = None if variables is None else tuple(id(variable) for variable in variables)
-        functions = (objective.function, *self.measures.values(), *dispatch.gradient_hooks)
-        key = (names, allow_unused, *(_identity(function) for function in functions))
+    @property
+    def _ends_by_itself(self) -> bool:
+        return len(self._criteria) > 1
+
+    def _prepare_fit(self, model: Any, callbacks: Any, arguments: FitArguments, loss: Any, metrics: Any) -> FitRun:
+        self._check_can_run()
+        check_model(model, loss, self.optimizer)
+        check_step(self.step, model)
+        extra = _callback_list(callbacks)
+        self._check_step_provides(extra)
+        batches, validation = arguments.data(model, endless=self._ends_by_itself)
+        compile_model(model, self.optimizer, loss, metrics)
+        owners = [*self.callbacks, *extra, *keras_defaults([*self.callbacks, *extra], arguments.verbose)]
+        dispatch = Dispatch([self, *owners], None, model.steps_per_execution)
+        eager = self.run_eagerly or model.run_eagerly
+        optimizer = self._fit_optimizer(model)
+        build_model(model, optimizer, batches.spec, eager)
+        objective, variables = ModelObjective(model), list(model.trainable_variables)
+        kept = (model, optimizer, model._loss_tracker, *variables)
+        driver = self._program(
+            kept,
+            tuple(map(id, kept)),
+            dispatch,
+            lambda: (objective, Updater(optimizer), variables, step_for(self.step, objective), True),
+            eager,
+            jit_compile_for(model, self.jit_compile),
+        )
+        return FitRun(driver, dispatch, owners, batches, validation, arguments)
+
+    def _fit_optimizer(self, model: Any) -> Any:
+        """Returns the optimizer of a fit: the loop's, which scales the loss if Keras would have it do so."""
+        if self.optimizer is None or self.optimizer in (
+            model.optimizer,
+            getattr(model.optimizer, "inner_optimizer", 0),
+        ):
+            return model.optimizer
+        if not needs_scaling(model, self.optimizer):
+            return self.optimizer
+        self._scaled = self._scaled or keras.optimizers.LossScaleOptimizer(self.optimizer)
+        return self._scaled
+
+    def _program(self, kept: Any, key: tuple, dispatch: Dispatch, parts: Callable[[], Any], eager: bool, jit) -> Driver:
+        """Returns the driver for an objective, the same one for the same question.
+
+        Args:
+            kept: what must live as long as the program, so that ids in the key stay theirs.
+            key: what tells objectives apart.
+            dispatch: the hooks.
+            parts: makes the objective, the updater, the variables, the step, and whether some may be unused.
+            eager: whether to run eagerly.
+            jit: whether to compile by XLA.
+        """
+        functions = (*self.measures.values(), *dispatch.gradient_hooks)
+        key = (*key, eager, jit, *(_identity(function) for function in functions))
         if key not in self._programs:
-            body = StepBody(
-                objective,
-                self._updater,
-                variables or [],
-                self.step,
-                self._criteria,
-                self.measures,
-                dispatch.gradient_hooks,
-                allow_unused,
-            )
+            objective, updater, variables, step, allow_unused = parts()
+            hooks = dispatch.gradient_hooks
+            criteria, measures = self._criteria, self.measures
+            body = StepBody(objective, updater, variables, step, criteria, measures, hooks, allow_unused)
             longest = 1 << 62 if self.steps_per_execution == "auto" else int(self.steps_per_execution)
-            driver = make_driver(body, self.run_eagerly, self.jit_compile, longest)
-            driver.kept_alive = variables, functions  # so that their ids in the key stay theirs
+            driver = make_driver(body, eager, jit, longest)
+            driver.kept_alive = kept, functions
             while len(self._programs) >= _REMEMBERED_PROGRAMS:
                 self._programs.pop(next(iter(self._programs)))
             self._programs[key] = driver

@@ -19,6 +19,8 @@ RESERVED = {"loss", "step", "evaluations", "seconds"}
 class Objective:
     """A user's function with its result checked: `objective()` returns `(loss, extras)`."""
 
+    needs_batch = False
+
     def __init__(self, function: Callable[[], Any]) -> None:
         right = "`loss` must be a function of no arguments, as in `lambda: (x - 4.0) ** 2`"
         if not callable(function):
@@ -35,6 +37,18 @@ class Objective:
         if isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], dict):
             value, extras = value
         return _check_loss(value), {name: _check_extra(name, extra) for name, extra in extras.items()}
+
+    def bind(self, batch: Any) -> None:
+        """Takes the batch of the step that begins, which a function of no arguments does not have."""
+
+    def conclude(self) -> dict[str, Any]:
+        """Returns what there is to record beside the logs after the update."""
+        return {}
+
+    @property
+    def variables(self) -> list[Any]:
+        """What a step changes beside the variables that are minimized over, as far as that is known."""
+        return []
 
     def _evaluate(self) -> Any:
         if not self._branches:

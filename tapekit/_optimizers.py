@@ -164,9 +164,14 @@ class Updater:
 
     def apply(self, gradients: Sequence[Any], variables: Sequence[Any], *args: Any, **kwargs: Any) -> Any:
         """Updates the variables from the gradients of the loss."""
-        if self._takes_scaled and self.scales:
-            gradients = [map_values(lambda values: values * self.scale(values.dtype), g) for g in gradients]
+        gradients = self.scaled(gradients)
         return self.optimizer.apply_gradients(list(zip(gradients, variables, strict=True)), *args, **kwargs)
+
+    def scaled(self, gradients: Sequence[Any]) -> list[Any]:
+        """Returns the gradients as `apply_gradients` takes them, from those of the loss."""
+        if not (self._takes_scaled and self.scales):
+            return list(gradients)
+        return [map_values(lambda values: values * self.scale(values.dtype), gradient) for gradient in gradients]
 
     def minimize(self, loss: Callable[[], Any], variables: Sequence[Any], transform: Callable[[Any], Any]) -> None:
         """Makes one step by `minimize`, with `transform` between computing and applying the gradients.
@@ -190,6 +195,11 @@ class Updater:
                 "`optimizer` must call its apply_gradients in minimize for MinimizeStep, which"
                 f" {describe(self.optimizer)} does not; use TapeStep."
             )
+
+    @property
+    def skips(self) -> bool:
+        """Whether the optimizer leaves out the updates whose gradients are not finite."""
+        return self.scales and getattr(self.optimizer, "inner_optimizer", None) is not None
 
     def save(self, variables: Sequence[Any]) -> None:
         """Remembers the values of variables and slots, for `roll_back`."""

@@ -32,7 +32,7 @@ class OptimizationResult:
 
     Attributes:
         loss: the loss at `variables`, evaluated once more after the last step; after an exception, the
-            last recorded one.
+            last recorded one; after `fit`, that of the last epoch as Keras reports it.
         variables: the final values, NumPy arrays in the structure in which the variables were given.
         steps: the number of updates.
         evaluations: how often the loss was evaluated, the final evaluation included. The one that finds
@@ -42,7 +42,10 @@ class OptimizationResult:
         reason: a `StopReason`.
         message: one sentence that says which criterion stopped the run, its value and its threshold.
         history: one array a recorded quantity, of shape `(steps, ...)`. `"loss"` holds the loss before
-            each update, as everywhere in TensorFlow.
+            each update, as everywhere in TensorFlow. After `fit` it is that of the batch, and what Keras's
+            metrics give beside it is, as in Keras, about the epoch so far.
+        epoch_history: after `fit`, what `keras.callbacks.History` holds, as arrays with one row an epoch;
+            else empty.
 
     SciPy's names work too: `x`, `fun`, `nit`, `nfev`, `success` and `status`.
 
@@ -62,6 +65,7 @@ class OptimizationResult:
     reason: StopReason
     message: str
     history: dict[str, np.ndarray]
+    epoch_history: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
     @property
     def converged(self) -> bool:
@@ -106,8 +110,12 @@ class OptimizationResult:
         )
 
     def __str__(self) -> str:
-        with np.printoptions(precision=6, threshold=8, edgeitems=3):
-            variables = "\n             ".join(str(self.variables).splitlines())
+        count = len(leaves := _leaves(self.variables))
+        if self.epoch_history:
+            variables = f"{count} arrays, {sum(leaf.size for leaf in leaves):,} numbers"
+        else:
+            with np.printoptions(precision=6, threshold=8, edgeitems=3):
+                variables = "\n             ".join(str(self.variables).splitlines())
         return "\n".join(
             [
                 self.message,
@@ -116,6 +124,7 @@ class OptimizationResult:
                 f"  variables  {variables}",
                 f"  steps      {self.steps}, with {self.evaluations} evaluations in {self.seconds:.3g} s",
                 f"  history    {', '.join(self.history)}",
+                *([f"  epochs     {', '.join(self.epoch_history)}"] if self.epoch_history else []),
             ]
         )
 

@@ -14,7 +14,7 @@ from tapekit._records import Records, row
 from tapekit._result import OptimizationResult, StopReason
 from tapekit._tensors import tf_variable
 from tapekit.callbacks import Callback
-from tapekit.callbacks._dispatch import Dispatch, scalars
+from tapekit.callbacks._dispatch import Dispatch, keras_logs, without_keras_loss
 from tapekit.callbacks._variables_model import VariablesModel
 from tapekit.stopping import either
 
@@ -82,11 +82,15 @@ class Run:
     def advance(self, limit: int) -> Advance:
         """Takes up to `limit` steps and keeps their records."""
         chunk = self._driver.advance(self._state, limit, time.perf_counter() - self._started)
-        self._state = chunk.state
-        self._records.extend(chunk.columns, chunk.taken)
-        self.step += chunk.taken
-        self._last = chunk
+        self._keep(chunk)
         return chunk
+
+    def _keep(self, chunk: Advance) -> None:
+        self._state = chunk.state
+        if chunk.taken:
+            self._records.extend(without_keras_loss(chunk.columns), chunk.taken)
+            self.step += chunk.taken
+            self._last = chunk
 
     def evaluate(self) -> float:
         """Returns the loss at the present variables."""
@@ -106,7 +110,7 @@ class Run:
         """Asks the criteria that have ended the run, a bit each, for the reason."""
         assert self._last is not None
         state = self._driver.read(self._last.state)
-        logs = {**self.logs, "step": self.step, "evaluations": state.evaluations}
+        logs = {**without_keras_loss(self.logs), "step": self.step, "evaluations": state.evaluations}
         pairs = enumerate(zip(self._driver.body.criteria, state.criteria, strict=True))
         self.explanation = either([criterion.explain(s, logs) for bit, (criterion, s) in pairs if fired >> bit & 1])
 
@@ -156,4 +160,4 @@ class Run:
 
     def _close(self, logs: dict[str, Any]) -> None:
         self._closed = True
-        self.dispatch.train("on_train_end", scalars(logs))
+        self.dispatch.train("on_train_end", keras_logs(logs))

@@ -67,6 +67,7 @@ class Problem:
         self.intermediates: dict[str, Any] = {}
         self.recorded: dict[str, Any] = {}
         self.evaluations = 0
+        self._updates = 0
         self._objective = objective
         self._updater = updater
         self._hooks = hooks
@@ -123,11 +124,18 @@ class Problem:
         self.intermediates = tree.pack_sequence_as(inner, leaves)
         return logs, self._updater.true([gradient for gradient in gradients if gradient is not None])
 
-    def transform(self, gradients: Sequence[Any]) -> list[Any]:
+    @property
+    def has_hooks(self) -> bool:
+        """Whether anybody looks at the gradients or changes them."""
+        return bool(self._hooks)
+
+    def transform(self, gradients: Sequence[Any], variables: Sequence[Any] | None = None) -> list[Any]:
         """Passes the gradients through the `on_gradient` hooks, for a strategy that updates by itself.
 
         Args:
-            gradients: one gradient of the unscaled loss for each of `variables`.
+            gradients: one gradient of the unscaled loss for each of the variables.
+            variables: the variables, for a step that updates some of them at a time; `None` means
+                `self.variables`.
 
         Returns:
             The gradients to apply.
@@ -136,18 +144,23 @@ class Problem:
             TypeError: a hook returned something else than a list or a dict of gradients.
             ValueError: a hook returned gradients of another number, name, shape or dtype.
         """
-        self.gradients = _after_checks(gradients)
-        gradients = list(self.gradients)
-        with recording(self.recorded):
+        variables = self.variables if variables is None else variables
+        true = _after_checks(gradients)
+        gradients, recorded = list(true), {}
+        with recording(recorded):
             for hook in self._hooks:
                 offered = asks_for_intermediates(hook) or (self.intermediates and _takes_intermediates(hook))
                 more = {"intermediates": dict(self.intermediates)} if offered else {}
-                replaced = hook(list(gradients), list(self.variables), **more)
+                replaced = hook(list(gradients), list(variables), **more)
                 if replaced is not None:
-                    gradients = _check_replaced(replaced, gradients, self.variables)
+                    gradients = _check_replaced(replaced, gradients, variables)
         if self._hooks and self._updater.scales:  # a hook that clips must not hide an overflow from the optimizer
-            finite = all_finite(self.gradients)
+            finite = all_finite(true)
             gradients = [map_values(lambda values: tf.where(finite, values, np.nan), g) for g in gradients]
+        self.gradients = [*(self.gradients or ()), *true]
+        self._updates += 1
+        for name, value in recorded.items():
+            self.recorded[name if self._updates == 1 else f"{name}_{self._updates}"] = value
         return gradients
 
     def apply(self, gradients: Sequence[Any]) -> None:

@@ -308,7 +308,7 @@ def test_a_hook_that_nobody_overrides_costs_no_edge_and_no_op(callback, compiled
         loop = _loop(compiled, 300)
         _run(loop, quadratic, callbacks)
         (program,) = loop._programs.values()
-        ops.append(sorted(op.type for op in program._step.graph.get_operations()))
+        ops.append(sorted(op.type for op in program.steps[0].graph.get_operations()))
     assert ops[0] == ops[1]
     assert advances == [300, 300]
 

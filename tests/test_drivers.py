@@ -141,7 +141,7 @@ def _ops(**settings):
     loop = tk.OptimizationLoop("sgd", max_iterations=1, jit_compile=False, **settings)
     loop.minimize(lambda: tf.reduce_sum((x - 4.0) ** 2), [x], callbacks=callbacks)
     (driver,) = loop._programs.values()
-    return sorted(operation.type for operation in driver._step.graph.get_operations())
+    return sorted(operation.type for operation in driver.steps[0].graph.get_operations())
 
 
 def test_a_step_computes_no_norm_and_no_copy_that_nobody_needs():

@@ -12,10 +12,10 @@ LAYERS = [
     {"_describe", "_tensors", "_config", "_records", "_result", "_version"},
     {"_explain"},
     {"stopping", "callbacks", "_tape"},
-    {"_objective", "_optimizers", "steps"},
+    {"_objective", "_optimizers", "steps", "_data", "_model"},
     {"_body"},
     {"_drivers"},
-    {"_run", "_loop"},
+    {"_run", "_fit", "_loop"},
     {"__init__"},
 ]
 LAYER = {module: number for number, modules in enumerate(LAYERS) for module in modules}

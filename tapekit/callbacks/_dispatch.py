@@ -12,15 +12,38 @@ import numpy as np
 
 from tapekit._describe import check_integer
 from tapekit._records import row
-from tapekit.callbacks._base import Hooks
+from tapekit.callbacks._base import Callback, Hooks
 from tapekit.callbacks._gradient_views import CaptureGradients, GradientStatistics
 from tapekit.callbacks._table import IterationTable
 
+KERAS_LOSS = "keras/loss"
+"""The name under which a step of a model records what Keras calls its loss, a running mean."""
+
 # These read their arguments alone, so they can be called after a chunk of steps.
 _REPLAYABLE_IN_KERAS = (keras.callbacks.History, keras.callbacks.CSVLogger)
-_NEVER_STOP = (*_REPLAYABLE_IN_KERAS, IterationTable, GradientStatistics, CaptureGradients)
+_NEVER_STOP = (
+    *_REPLAYABLE_IN_KERAS,
+    keras.callbacks.ProgbarLogger,
+    IterationTable,
+    GradientStatistics,
+    CaptureGradients,
+)
 _PER_STEP = ("on_train_batch_begin", "on_step", "on_train_batch_end")
 _PER_EPOCH = ("on_epoch_begin", "on_epoch_end")
+
+
+def _needs_every_batch(callback: Any) -> bool:
+    """Returns whether a callback must be called at every batch, or may be called for whole chunks of them.
+
+    Keras calls these itself less often when steps_per_execution is above 1.
+    """
+    kind = type(callback)
+    if kind in (keras.callbacks.ModelCheckpoint, keras.callbacks.BackupAndRestore):
+        return callback.save_freq != "epoch"
+    if kind is keras.callbacks.TensorBoard:
+        return callback.update_freq != "epoch" or callback.write_steps_per_second or callback._start_batch > 0
+    # A run ends anyway at the first loss that is not finite, which is all that TerminateOnNaN looks for.
+    return kind not in (keras.callbacks.ProgbarLogger, keras.callbacks.TerminateOnNaN)
 
 
 def overridden(owner: Any, hook: str) -> Callable[..., Any] | None:
@@ -39,6 +62,9 @@ class _Registration:
 
     call: Callable[..., Any]
     every: int
+    """At every how many steps it is called; 0 means whenever the host looks."""
+    from_epoch: bool
+    """Whether the steps count from the first of the epoch rather than of the run."""
     replayable: bool
     can_stop: bool
 
@@ -48,16 +74,27 @@ class Dispatch:
 
     Args:
         owners: objects with hooks, in the order in which they are called.
-        steps_per_epoch: the number of steps of an epoch.
+        epoch_length: the number of steps of an epoch; `None` if `begin_epoch` and `end_epoch` say where one is.
+        batches_per_call: at every how many batches the batch hooks of Keras callbacks are called.
     """
 
-    def __init__(self, owners: Sequence[Any], steps_per_epoch: int) -> None:
+    def __init__(
+        self,
+        owners: Sequence[Any],
+        epoch_length: int | None,
+        batches_per_call: int = 1,
+    ) -> None:
         self._owners = owners
-        self._epoch_length = steps_per_epoch
+        self._epoch_length = epoch_length
+        self._batches_per_call = batches_per_call
+        self._first = 1
+        """The first step of the epoch, if these are not of one length."""
         self._hooks = {hook: list(self._registrations(hook)) for hook in (*_PER_STEP, *_PER_EPOCH)}
         registered = [item for hooks in self._hooks.values() for item in hooks]
-        self._edges = {item.every for item in registered if not item.replayable}
-        self._replayed = any(item.replayable for item in registered)
+        timed = [item for hook in _PER_STEP for item in self._hooks[hook]] if epoch_length is None else registered
+        self._edges = {(item.every, item.from_epoch) for item in timed if item.every and not item.replayable}
+        self._live = any(not item.replayable for item in registered)
+        self._replayed = any(item.replayable for item in timed)
         self.can_stop = any(item.can_stop for item in registered)
         self.any_hook = bool(registered) or any(overridden(owner, "on_train_end") for owner in owners)
         self.gradient_hooks = [call for owner in owners if (call := overridden(owner, "on_gradient"))]
@@ -66,10 +103,15 @@ class Dispatch:
         for owner in self._owners:
             if call := overridden(owner, hook):
                 replayable = getattr(owner, "replayable", False) or type(owner) in _REPLAYABLE_IN_KERAS
-                every = self._epoch_length if hook in _PER_EPOCH else 1
+                every, from_epoch = 1, False
                 if hook == "on_step":
                     every = check_integer(getattr(owner, "every", 1), f"{type(owner).__name__}.every", 1)
-                yield _Registration(call, every, replayable, type(owner) not in _NEVER_STOP)
+                elif hook in _PER_EPOCH:
+                    every = self._epoch_length or 1
+                elif not isinstance(owner, (Hooks, Callback)):
+                    every, from_epoch = self._batches_per_call, self._epoch_length is None
+                    every *= _needs_every_batch(owner)
+                yield _Registration(call, every, from_epoch, replayable, type(owner) not in _NEVER_STOP)
 
     def train(self, hook: str, logs: dict[str, Any] | None = None) -> None:
         """Calls `on_train_begin` or `on_train_end` of everyone, the latter also if one of them raises."""
@@ -84,7 +126,13 @@ class Dispatch:
 
     def steps_to_edge(self, step: int, at_most: int) -> int:
         """Returns how many steps may follow `step` before somebody needs the host."""
-        return min([at_most, *(every - step % every for every in self._edges)])
+        past = step - self._first + 1
+        edges = (every - (past if from_epoch else step) % every for every, from_epoch in self._edges)
+        return min([at_most, *edges])
+
+    def period(self, at_most: int) -> int:
+        """Returns after how many steps somebody needs the host at the latest."""
+        return min([at_most, *(every for every, _ in self._edges)])
 
     def before(self, step: int) -> None:
         """Calls the hooks that come before the chunk that starts with `step`."""
@@ -93,7 +141,7 @@ class Dispatch:
     def after(self, first: int, count: int, columns: Mapping[str, Any]) -> None:
         """Calls the hooks of the steps `first`, ..., `first + count - 1`, the last of which is live."""
         if not self._replayed:
-            if self._edges:
+            if self._live:
                 self._end(first + count - 1, row(columns, count - 1), live=True)
             return
         columns = {name: values[:count].tolist() if values.ndim == 1 else values for name, values in columns.items()}
@@ -104,32 +152,61 @@ class Dispatch:
 
     def finish_epoch(self, step: int, logs: dict[str, Any]) -> None:
         """Ends the epoch that a stop after `step` has cut short."""
-        if step % self._epoch_length:
-            self._call("on_epoch_end", step // self._epoch_length, scalars(logs), lambda item: True)
+        if self._epoch_length and step % self._epoch_length:
+            self.end_epoch(step // self._epoch_length, keras_logs(logs))
+
+    def begin_epoch(self, epoch: int, first: int) -> None:
+        """Begins an epoch whose length nobody has said, at the step `first`."""
+        self._first = first
+        for item in self._hooks["on_epoch_begin"]:
+            item.call(epoch, {})
+
+    def end_epoch(self, epoch: int, logs: dict[str, Any]) -> None:
+        """Ends an epoch, with the logs that Keras callbacks expect."""
+        for item in self._hooks["on_epoch_end"]:
+            item.call(epoch, logs)
+
+    def _place(self, step: int) -> tuple[int | None, int]:
+        if self._epoch_length is None:
+            return None, step - self._first
+        return divmod(step - 1, self._epoch_length)
 
     def _begin(self, step: int, replayable: bool) -> None:
-        epoch, batch = divmod(step - 1, self._epoch_length)
-        if batch == 0:
+        epoch, batch = self._place(step)
+        if epoch is not None and batch == 0:
             self._call("on_epoch_begin", epoch, {}, lambda item: item.replayable is replayable)
         self._call("on_train_batch_begin", batch, {}, lambda item: item.replayable is replayable)
 
     def _end(self, step: int, logs: dict[str, Any], live: bool) -> None:
-        epoch, batch = divmod(step - 1, self._epoch_length)
-        due = lambda item: (item.replayable or live) and step % item.every == 0  # noqa: E731
+        epoch, batch = self._place(step)
+
+        def due(item: _Registration) -> bool:
+            if not item.every:
+                return live
+            return (item.replayable or live) and (batch + 1 if item.from_epoch else step) % item.every == 0
+
         self._call("on_step", step, logs, due)
         self._call("on_train_batch_end", batch, logs, due)
-        self._call("on_epoch_end", epoch, logs, due)
+        if epoch is not None:
+            self._call("on_epoch_end", epoch, logs, due)
 
     def _call(self, hook: str, position: int, logs: dict[str, Any], due: Callable[[_Registration], bool]):
         items = [item for item in self._hooks[hook] if due(item)]
         if not items:
             return
-        if hook != "on_step":
-            logs = scalars(logs)
+        logs = without_keras_loss(logs) if hook == "on_step" else keras_logs(logs)
         for item in items:
             item.call(position, logs)
 
 
-def scalars(logs: dict[str, Any]) -> dict[str, Any]:
-    """Returns the logs that are numbers, which is what Keras callbacks expect."""
-    return {name: value for name, value in logs.items() if not isinstance(value, np.ndarray)}
+def keras_logs(logs: dict[str, Any]) -> dict[str, Any]:
+    """Returns the logs that Keras callbacks expect: numbers, and the loss as the mean over the epoch so far."""
+    numbers = {name: value for name, value in logs.items() if not isinstance(value, np.ndarray)}
+    if KERAS_LOSS in numbers:
+        numbers["loss"] = numbers.pop(KERAS_LOSS)
+    return numbers
+
+
+def without_keras_loss(logs: dict[str, Any]) -> dict[str, Any]:
+    """Returns the logs with the loss of the step itself alone."""
+    return {name: value for name, value in logs.items() if name != KERAS_LOSS} if KERAS_LOSS in logs else logs

@@ -1,0 +1,235 @@
+"""The batches of a fit: arrays on the device that are cut inside the graph, or a stream from a pipeline."""
+
+from __future__ import annotations
+
+import random
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import tensorflow as tf
+from keras import tree
+from keras.src.trainers.data_adapters import array_slicing, get_data_adapter
+from keras.src.trainers.data_adapters.array_data_adapter import ArrayDataAdapter
+
+
+class Portion(NamedTuple):
+    """Batches of one shape that follow each other.
+
+    Attributes:
+        key: tells batches of one shape from those of another.
+        spec: the `tf.TypeSpec`s of a batch.
+        feed: what a compiled chunk is given to find its batches in, a structure of tensors or an iterator.
+        length: how many batches there are at most; `None` if that is not known.
+        batch: inside a graph, `batch(feed, n)` is the n-th batch of the portion; `None` for a stream, whose
+            batches come one after the other.
+        take: `take()` is the next batch, a structure of tensors; raises `StopIteration` when there is none.
+    """
+
+    key: str = ""
+    spec: Any = ()
+    feed: Any = ()
+    length: int | None = None
+    batch: Callable[[Any, Any], Any] | None = lambda feed, n: ()
+    take: Callable[[], Any] = lambda: ()
+
+
+NO_DATA = Portion()
+"""What an objective gets that is a function of no arguments."""
+
+
+class _DevicePass:
+    """One pass over arrays on the device."""
+
+    def __init__(self, arrays: Any, batch_size: int, order: np.ndarray | None) -> None:
+        self._arrays = arrays
+        self._batch_size = batch_size
+        self._full, self._rest = divmod(_samples(arrays), batch_size)
+        self._order = None if order is None else tf.constant(order, tf.int32)
+        self._next = 0
+        self._specs: dict[int, tuple[str, Any]] = {}
+
+    def portion(self) -> Portion:
+        """Returns the batches of full size that are left, or the smaller one at the end."""
+        is_full = self._next < self._full
+        size = self._batch_size if is_full else self._rest
+        feed = self._arrays, self._order, tf.constant(self._next * self._batch_size, tf.int32)
+
+        def batch(feed: Any, n: Any) -> Any:
+            arrays, order, first = feed
+            first += n * size
+            if order is None:
+                return _each(lambda a: tf.slice(a, [first, *[0] * (len(a.shape) - 1)], [size, *a.shape[1:]]), arrays)
+            rows = tf.slice(order, [first], [size])
+            return _each(lambda array: tf.gather(array, rows), arrays)
+
+        if size not in self._specs:
+            spec = _each(lambda array: tf.TensorSpec([size, *array.shape[1:]], array.dtype), self._arrays)
+            self._specs[size] = repr(spec), spec
+        return Portion(
+            *self._specs[size], feed, self._full - self._next if is_full else 1, batch, lambda: batch(feed, 0)
+        )
+
+    def advance(self, count: int) -> None:
+        """Notes that `count` batches were taken."""
+        self._next += count
+
+
+class _StreamPass:
+    """One pass over a `tf.data.Dataset`."""
+
+    def __init__(self, dataset: Any) -> None:
+        self._iterator = iter(dataset)
+        self._key = repr(dataset.element_spec)
+
+    def portion(self) -> Portion:
+        """Returns the batches that are left."""
+        return Portion(self._key, self._iterator.element_spec, self._iterator, None, None, self._iterator.__next__)
+
+    def advance(self, count: int) -> None:
+        """The iterator knows where it is."""
+
+
+class Batches:
+    """The batches of all epochs, where the arguments mean what they mean to `keras.Model.fit`.
+
+    Args:
+        x: inputs, or a dataset that has everything.
+        y: targets.
+        sample_weight: a weight for each sample.
+        batch_size: samples a batch.
+        steps_per_epoch: batches an epoch; `None` is a whole pass over the data.
+        shuffle: True, False or "batch".
+        class_weight: a weight for each class.
+        device_bytes: arrays of at most so many bytes in all are put on the device once.
+    """
+
+    def __init__(
+        self,
+        x: Any,
+        y: Any = None,
+        sample_weight: Any = None,
+        batch_size: int | None = None,
+        steps_per_epoch: int | None = None,
+        shuffle: Any = False,
+        class_weight: Any = None,
+        device_bytes: int = 0,
+    ) -> None:
+        self._adapter: Any = get_data_adapter(
+            x, y, sample_weight, batch_size, steps_per_epoch, shuffle=shuffle, class_weight=class_weight
+        )
+        self._steps_per_epoch = steps_per_epoch
+        self._shuffle = shuffle
+        self._arrays = _device_arrays(self._adapter, device_bytes)
+        self._dataset: Any = self._adapter.get_tf_dataset() if self._arrays is None else None
+        self._known = self._adapter.num_batches
+        self._seed = random.getrandbits(64) if shuffle and self._arrays is not None else 0
+        self._passes = 0
+        self._pass: Any = None
+        self._seen = 0
+        self._left: int | None = None
+        self._over = True
+        self._adapter.on_epoch_end()  # as Keras does before the first epoch, so that a PyDataset shuffles
+
+    @property
+    def spec(self) -> Any:
+        """The `tf.TypeSpec`s of the first batch."""
+        if self._arrays is None:
+            return self._dataset.element_spec
+        return _DevicePass(self._arrays, self._adapter.batch_size, None).portion().spec
+
+    @property
+    def num_batches(self) -> int | None:
+        """How many batches an epoch has, if that is known."""
+        return self._steps_per_epoch or self._known
+
+    def begin_epoch(self) -> None:
+        """Begins an epoch, with a new pass over the data unless an epoch is only a part of one."""
+        self._adapter.on_epoch_begin()
+        if self._pass is None or self._steps_per_epoch is None:
+            self._begin_pass()
+        self._left = self.num_batches
+        self._over = False
+
+    def portion(self) -> Portion | None:
+        """Returns the next batches of the epoch that have one shape; `None` at its end."""
+        if self._left == 0 or (self._known and self._seen >= self._known and not self._over):
+            if self._left:
+                self._warn()
+            self._end_epoch()
+        if self._over:
+            return None
+        portion = self._pass.portion()
+        lengths = [length for length in (portion.length, self._left) if length is not None]
+        return portion._replace(length=min(lengths) if lengths else None)
+
+    def advance(self, taken: int, exhausted: bool) -> None:
+        """Notes that `taken` batches were taken, and whether there were no more."""
+        self._pass.advance(taken)
+        self._seen += taken
+        if self._left is not None:
+            self._left -= taken
+        if exhausted and not self._over:
+            self._known = self._known or self._seen
+            if self._left:
+                self._warn()
+            self._pass = None
+            self._end_epoch()
+
+    def _begin_pass(self) -> None:
+        self._seen = 0
+        self._passes += 1
+        if self._arrays is None:
+            self._pass = _StreamPass(self._dataset)
+        else:
+            self._pass = _DevicePass(self._arrays, self._adapter.batch_size, self._order())
+
+    def _order(self) -> np.ndarray | None:
+        """Returns the order of the samples in this pass, which depends on the seed and the pass alone."""
+        if not self._shuffle:
+            return None
+        samples, size = _samples(self._arrays), self._adapter.batch_size
+        generator = np.random.default_rng((self._seed, self._passes))
+        if self._shuffle != "batch":
+            return generator.permutation(samples)
+        starts = range(0, samples, size)
+        return np.concatenate([start + generator.permutation(min(size, samples - start)) for start in starts])
+
+    def _end_epoch(self) -> None:
+        self._over = True
+        if self._known and self._seen >= self._known:
+            self._pass = None
+        self._adapter.on_epoch_end()
+
+    def _warn(self) -> None:
+        warnings.warn(
+            f"the data ended {self._left} batches before the {self.num_batches} of an epoch; `steps_per_epoch` times"
+            " `epochs` batches are needed, for which a tf.data.Dataset may be repeated.",
+            stacklevel=2,
+        )
+
+
+def _device_arrays(adapter: Any, most_bytes: int) -> Any:
+    """Returns the arrays of an adapter as tensors, or `None` if they are not dense or too large."""
+    if not isinstance(adapter, ArrayDataAdapter):
+        return None
+    arrays = tree.lists_to_tuples(array_slicing.convert_to_sliceable(adapter._inputs, target_backend="tensorflow"))
+    leaves = [leaf for leaf in tree.flatten(arrays) if leaf is not None]
+    if not all(isinstance(leaf, (np.ndarray, tf.Tensor)) for leaf in leaves):
+        return None
+    if sum(_bytes(leaf) for leaf in leaves) > most_bytes:
+        return None
+    return _each(tf.convert_to_tensor, arrays)
+
+
+def _each(function: Callable[[Any], Any], arrays: Any) -> Any:
+    return tree.map_structure(lambda leaf: None if leaf is None else function(leaf), arrays)
+
+
+def _samples(arrays: Any) -> int:
+    return next(leaf.shape[0] for leaf in tree.flatten(arrays) if leaf is not None)
+
+
+def _bytes(array: Any) -> int:
+    return array.nbytes if isinstance(array, np.ndarray) else array.dtype.size * array.shape.num_elements()

@@ -1,0 +1,275 @@
+"""A run over the batches of a Keras model, epoch by epoch."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+from keras.src.backend.tensorflow.trainer import TFEpochIterator
+from keras.src.trainers.data_adapters.array_slicing import train_validation_split
+from keras.src.utils.python_utils import pythonify_logs
+
+from tapekit._data import Batches
+from tapekit._describe import check_integer, check_real, describe
+from tapekit._drivers import Advance, Driver
+from tapekit._model import ModelObjective
+from tapekit._result import OptimizationResult, StopReason
+from tapekit._run import Run
+from tapekit.callbacks import Callback
+from tapekit.callbacks._dispatch import Dispatch, keras_logs
+
+
+@dataclasses.dataclass(frozen=True)
+class FitArguments:
+    """The arguments of a fit that say what it runs over; their meaning stands at `OptimizationLoop.fit`."""
+
+    x: Any
+    y: Any
+    batch_size: int | None
+    epochs: int
+    verbose: int | str
+    validation_split: float
+    validation_data: Any
+    shuffle: bool | str
+    class_weight: Any
+    sample_weight: Any
+    initial_epoch: int
+    steps_per_epoch: int | None
+    validation_steps: int | None
+    validation_batch_size: int | None
+    validation_freq: int | list[int]
+    device_bytes: int
+
+    def __post_init__(self) -> None:
+        check_integer(self.epochs, "epochs", 1)
+        check_integer(self.initial_epoch, "initial_epoch", 0)
+        check_integer(self.device_bytes, "device_bytes", 0)
+        for name in ("batch_size", "steps_per_epoch", "validation_steps", "validation_batch_size"):
+            if getattr(self, name) is not None:
+                check_integer(getattr(self, name), name, 1)
+        if self.verbose not in ("auto", 0, 1, 2):
+            raise ValueError(f'`verbose` must be 0, 1, 2 or "auto", received {describe(self.verbose)}.')
+        if self.shuffle not in (True, False, "batch"):
+            raise ValueError(f'`shuffle` must be True, False or "batch", received {describe(self.shuffle)}.')
+        if not 0.0 <= check_real(self.validation_split, "validation_split", 0.0) < 1.0:
+            raise ValueError(f"`validation_split` must be below 1, received {self.validation_split}.")
+        freq: Any = self.validation_freq
+        for epoch in freq if isinstance(freq, list) else [freq]:
+            check_integer(epoch, "validation_freq", 1)
+
+    def data(self, model: Any, endless: bool) -> tuple[Batches, Validation | None]:
+        """Returns the batches and what is evaluated between epochs.
+
+        Args:
+            model: the model.
+            endless: whether something ends the run if the data does not.
+        """
+        x, y, sample_weight = self.x, self.y, self.sample_weight
+        held_out = self.validation_data
+        if self.validation_split and held_out is None:
+            whole = x, y, sample_weight
+            (x, y, sample_weight), held_out = train_validation_split(whole, validation_split=self.validation_split)
+        infinite = isinstance(x, tf.data.Dataset) and x.cardinality() == tf.data.INFINITE_CARDINALITY
+        if infinite and not (self.steps_per_epoch or endless):
+            raise ValueError(
+                "`steps_per_epoch` or a criterion must end an epoch of data without end, received none of them."
+            )
+        batches = Batches(
+            x,
+            y,
+            sample_weight,
+            self.batch_size,
+            self.steps_per_epoch,
+            self.shuffle,
+            self.class_weight,
+            self.device_bytes,
+        )
+        if held_out is None:
+            return batches, None
+        batch_size = self.validation_batch_size or self.batch_size
+        return batches, Validation(model, held_out, batch_size, self.validation_steps, self.validation_freq)
+
+
+def keras_defaults(callbacks: Sequence[Any], verbose: Any) -> list[Any]:
+    """Returns the callbacks that Keras adds to a fit, unless they are there."""
+    wanted = [keras.callbacks.History, *([keras.callbacks.ProgbarLogger] if verbose else [])]
+    return [kind() for kind in wanted if not any(isinstance(callback, kind) for callback in callbacks)]
+
+
+class LoopCallbackList(keras.callbacks.CallbackList):
+    """The callbacks of a fit as `keras.Model.evaluate` takes them; the other hooks are called by the loop."""
+
+    def __init__(self, callbacks: Sequence[Any], model: Any, **params: Any) -> None:
+        super().__init__(list(callbacks), model=model, **params)
+        self._async_test = False
+
+
+class Validation:
+    """The evaluation of a model between epochs.
+
+    Args:
+        model: the model.
+        data: `(x, y)` or `(x, y, sample_weight)`, or a dataset.
+        batch_size: samples a batch.
+        steps: how many batches, or `None` for all.
+        freq: after how many epochs, or a list of epochs, which count from 1.
+    """
+
+    def __init__(self, model: Any, data: Any, batch_size: int | None, steps: int | None, freq: Any) -> None:
+        self._model = model
+        self._freq = freq
+        self._steps = steps
+        self._batch_size = batch_size
+        self._data = keras.utils.unpack_x_y_sample_weight(data)
+        self._iterator: Any = None
+
+    def due(self, epoch: int) -> bool:
+        """Returns whether an evaluation follows an epoch, from 0."""
+        return (epoch + 1) in self._freq if isinstance(self._freq, list) else (epoch + 1) % self._freq == 0
+
+    def logs(self, callbacks: Any) -> dict[str, Any]:
+        """Evaluates, and returns the logs under Keras's names."""
+        x, y, sample_weight = self._data
+        model = self._model
+        if self._iterator is None:
+            self._iterator = TFEpochIterator(
+                x=x,
+                y=y,
+                sample_weight=sample_weight,
+                batch_size=self._batch_size,
+                distribute_strategy=model.distribute_strategy,
+                steps_per_execution=model.steps_per_execution,
+                steps_per_epoch=self._steps,
+                shuffle=False,
+            )
+        model._eval_epoch_iterator = self._iterator  # where `evaluate` looks for it when `fit` of Keras calls it
+        try:
+            logs = model.evaluate(callbacks=callbacks, return_dict=True, _use_cached_eval_dataset=True)
+        finally:
+            del model._eval_epoch_iterator
+        return {f"val_{name}": value for name, value in logs.items()}
+
+
+class FitRun(Run):
+    """The state of a fit on the host.
+
+    Args:
+        driver: what takes the steps.
+        dispatch: what calls the hooks.
+        callbacks: the callbacks, those that Keras adds included.
+        batches: the data.
+        validation: what is evaluated between epochs, or `None`.
+        arguments: those of `fit`.
+    """
+
+    def __init__(
+        self,
+        driver: Driver,
+        dispatch: Dispatch,
+        callbacks: list[Any],
+        batches: Batches,
+        validation: Validation | None,
+        arguments: FitArguments,
+    ) -> None:
+        super().__init__(driver, dispatch, callbacks, driver.body.variables, 1, 1 << 62, live=False)
+        self._objective: ModelObjective = driver.body.objective
+        self._model: Any = self._objective.model
+        self._compiled_optimizer: Any = self._model.optimizer
+        self._batches = batches
+        self._validation = validation
+        self._arguments = arguments
+        self._epoch = 0
+        self._portion: Any = None
+        self._shape: Any = None
+        self._last_batch: Callable[[], Any] | None = None
+        self._epoch_logs: dict[str, Any] = {}
+        self._epoch_history: dict[str, list[Any]] = {}
+
+    def begin(self, loop: Any) -> None:
+        """Tells the callbacks of the loop and the model, and gets everyone ready."""
+        self._started = time.perf_counter()
+        for callback in self._callbacks:
+            if isinstance(callback, Callback):
+                callback.loop = loop
+        self._model.optimizer = self._driver.body.updater.optimizer
+        epochs, verbose = self._arguments.epochs, self._arguments.verbose
+        params = {"verbose": verbose, "epochs": epochs, "steps": self._batches.num_batches}
+        self._callback_list = LoopCallbackList(self._callbacks, self._model, **params)
+        self._model.stop_training = False
+        self._driver.body.step.reset()
+        self.dispatch.train("on_train_begin")
+
+    def epochs(self) -> Iterator[int]:
+        """Begins one epoch after the other, until something ends the run."""
+        for epoch in range(self._model._initial_epoch or self._arguments.initial_epoch, self._arguments.epochs):
+            self._epoch = epoch
+            self._model.reset_metrics()
+            self.dispatch.begin_epoch(epoch, self.step + 1)
+            self._batches.begin_epoch()
+            self._portion = self._batches.portion()
+            yield epoch
+            if self.explanation:
+                return
+        self.explanation = StopReason.LIMIT, f"the last of {self._arguments.epochs} epochs ended at step {self.step}"
+
+    @property
+    def in_epoch(self) -> bool:
+        """Whether the run and the epoch go on."""
+        return self.explanation is None and self._portion is not None
+
+    def steps_to_next_edge(self) -> int:
+        """Returns how many steps may be taken before somebody needs the host, or the batches change their shape."""
+        if self._portion.key != self._shape:
+            self._shape = self._portion.key
+            self._driver.prepare(self.dispatch.period(self._batches.num_batches or 1 << 30), self._portion)
+        limit = super().steps_to_next_edge()
+        return limit if self._portion.length is None else min(limit, self._portion.length)
+
+    def advance(self, limit: int) -> Advance:
+        """Takes up to `limit` steps and keeps their records."""
+        chunk = self._driver.advance(self._state, limit, time.perf_counter() - self._started, self._portion)
+        self._keep(chunk)
+        if chunk.taken and (batch := self._portion.batch):
+            self._last_batch = functools.partial(batch, self._portion.feed, chunk.taken - 1)
+        self._batches.advance(chunk.taken, chunk.exhausted)
+        self._portion = self._batches.portion()
+        return chunk
+
+    def end_epoch(self) -> None:
+        """Ends an epoch as Keras does: with the results of the metrics, and an evaluation where one is due."""
+        last = keras_logs(self.logs)
+        logs = dict(self._model._get_metrics_result_or_logs({name: last.get(name) for name in self._objective.names}))
+        if self._validation and self._validation.due(self._epoch):
+            logs |= self._validation.logs(self._callback_list)
+        self._epoch_logs = pythonify_logs(logs)
+        for name, value in self._epoch_logs.items():
+            self._epoch_history.setdefault(name, []).append(value)
+        self.dispatch.end_epoch(self._epoch, self._epoch_logs)
+
+    def end(self) -> None:
+        """Lets the optimizer finish, as Keras does, and calls `on_train_end`."""
+        if self.step and isinstance(self._model.optimizer, keras.optimizers.Optimizer):
+            self._model.optimizer.finalize_variable_values(self._model.trainable_weights)
+        self._close(self._epoch_logs)
+
+    def evaluate(self) -> float:
+        """Returns the loss of the batch of the last step at the present variables."""
+        if self._last_batch is None:
+            raise RuntimeError("evaluate needs a step before it, of arrays on the device, whose batches stay at hand.")
+        return self._objective.loss_of(self._last_batch())
+
+    def conclude(self) -> OptimizationResult:
+        """Makes the result from everything that is known now."""
+        result = super().conclude()
+        if "loss" in self._epoch_logs:
+            result = dataclasses.replace(result, loss=self._epoch_logs["loss"])
+        history = {name: np.asarray(values) for name, values in self._epoch_history.items()}
+        self._result = dataclasses.replace(result, epoch_history=history)
+        self._model.optimizer = self._compiled_optimizer
+        return self._result

@@ -1,0 +1,320 @@
+"""A Keras model as an objective, and the step that is its own `train_step`."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import keras
+import tensorflow as tf
+from keras import tree
+from keras.src.trainers.trainer import model_supports_jit
+
+from tapekit._describe import describe
+from tapekit._optimizers import Updater
+from tapekit._tensors import tf_variable
+from tapekit.callbacks._dispatch import KERAS_LOSS
+from tapekit.steps import MinimizeStep, Problem, Step, TapeStep
+
+
+def has_own_train_step(model: keras.Model) -> bool:
+    """Returns whether somebody overrode `train_step`."""
+    return getattr(model.train_step, "__func__", None) is not keras.Model.train_step
+
+
+def check_model(model: Any, loss: Any, optimizer: Any) -> None:
+    """Raises unless the loop can train the model with what it has been given."""
+    foreign = next((o for o in (model, optimizer) if type(o).__module__.partition(".")[0] == "tf_keras"), None)
+    if any(kind.__module__.startswith("tf_keras") for kind in type(model).__mro__) or foreign is not None:
+        name = "optimizer" if foreign is optimizer is not None else "model"
+        raise TypeError(
+            f"`{name}` must be of Keras 3 for fit, received {describe(model if name == 'model' else optimizer)} of"
+            " tf_keras; use minimize with a function that returns the loss, and the model's trainable_variables."
+        )
+    if not isinstance(model, keras.Model):
+        raise TypeError(f"`model` must be a keras.Model, received {describe(model)}.")
+    if model.distribute_strategy.num_replicas_in_sync > 1:
+        raise ValueError(
+            "`model` must be on one device, received one of a tf.distribute strategy with"
+            f" {model.distribute_strategy.num_replicas_in_sync} replicas."
+        )
+    if model.compiled and loss is not None:
+        raise ValueError(
+            "`loss` must be None for a model that is compiled, which has one; compile it anew for another, received"
+            f" {describe(loss)}."
+        )
+    if not model.compiled and loss is None and not has_own_train_step(model):
+        raise ValueError("`loss` must be given for a model that is not compiled, received None.")
+    if optimizer is None and not model.compiled:
+        raise ValueError("`optimizer` must be given to the loop for a model that is not compiled, received None.")
+
+
+def compile_model(model: Any, optimizer: Any, loss: Any, metrics: Any) -> None:
+    """Compiles a model that is not compiled."""
+    if not model.compiled:
+        model.compile(optimizer=optimizer, loss=loss, metrics=metrics)
+
+
+def needs_scaling(model: Any, optimizer: Any) -> bool:
+    """Returns whether Keras would scale the loss, which it does under mixed_float16."""
+    scales = isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
+    return model.dtype_policy.name == "mixed_float16" and not scales
+
+
+def jit_compile_for(model: Any, jit_compile: bool | str) -> bool | str:
+    """Returns whether to compile by XLA, where "auto" leaves it to the model.
+
+    Keras does not keep whether `jit_compile=False` was chosen; where there is only a CPU it chooses that itself.
+    """
+    if jit_compile != "auto" or model.jit_compile:
+        return bool(model.jit_compile) if jit_compile == "auto" else jit_compile
+    return "auto" if model_supports_jit(model) and not model._resolve_auto_jit_compile() else False
+
+
+def build_model(model: Any, optimizer: Any, spec: Any, eager: bool) -> None:
+    """Makes the variables of a model and its metrics that are made at the first batch, outside of the compiled step."""
+    metrics = model._compile_metrics
+    model_is_built = all(layer.built for layer in model._flatten_layers())
+    if model_is_built and (eager or metrics is None or metrics.built):
+        return
+    if eager:
+        inputs, _, _ = keras.utils.unpack_x_y_sample_weight(spec)
+        model(tree.map_structure(lambda s: tf.zeros([size or 1 for size in s.shape], s.dtype), inputs))
+        return
+    objective = ModelObjective(model)
+
+    def step(batch: Any) -> None:
+        objective.bind(batch)
+        if has_own_train_step(model):
+            with replaced(model, "optimizer", optimizer):
+                model.train_step(objective.batch)
+        else:
+            objective()
+            objective.conclude()
+
+    tf.function(step, autograph=False).get_concrete_function(spec)
+
+
+def check_step(step: Step, model: Any) -> None:
+    """Raises if the strategy and the model's own `train_step` exclude each other."""
+    plain = type(step) in (TapeStep, MinimizeStep) and "intermediates" not in step.provides
+    if has_own_train_step(model) and not plain:
+        raise ValueError(
+            f"`step` must be left to a model that overrides train_step, as {type(model).__name__} does, received"
+            f" {type(step).__name__}."
+        )
+
+
+def step_for(step: Step, objective: ModelObjective) -> Step:
+    """Returns the strategy, or the model's own `train_step` if it has one."""
+    return TrainStep(objective) if has_own_train_step(objective.model) else step
+
+
+class ModelObjective:
+    """The loss of a compiled `keras.Model` on the batch that it is bound to."""
+
+    needs_batch = True
+
+    def __init__(self, model: keras.Model) -> None:
+        self.model = model
+        self.batch: Any = None
+        self.names: list[str] = []
+        """What Keras finds in the logs of a batch."""
+        self._metrics: Any = None
+        self._logs: dict[str, Any] = {}
+
+    def bind(self, batch: Any) -> None:
+        """Takes the batch of the step that begins."""
+        self.batch = tree.map_structure(_without_optional, batch)
+        self._metrics = None
+        self._logs = {}
+
+    def __call__(self) -> tuple[tf.Tensor, dict[str, tf.Tensor]]:
+        """Evaluates the loss as `train_step` of Keras does; metrics see the first evaluation of a step alone."""
+        model: Any = self.model
+        if self._metrics is not None:
+            trackers = [v for metric in model.metrics for v in metric.variables]
+            before = [tf.identity(v) for v in trackers]
+            loss, _ = self._evaluate()
+            for variable, value in zip(trackers, before, strict=True):
+                variable.assign(value)
+            return loss, {}
+        loss, self._metrics = self._evaluate()
+        x = self._metrics[0]
+        samples = tf.shape(next(leaf for leaf in tree.flatten(x) if leaf is not None))[0]
+        model._loss_tracker.update_state(loss, sample_weight=samples)
+        return loss, {}
+
+    def _evaluate(self) -> tuple[tf.Tensor, tuple[Any, ...]]:
+        model: Any = self.model
+        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(self.batch)
+        y_pred = model(x, training=True) if model._call_has_training_arg else model(x)
+        loss = model._compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=True)
+        return loss, (x, y, y_pred, sample_weight)
+
+    def loss_of(self, batch: Any) -> float:
+        """Returns the loss of a batch in training; whatever an evaluation changes is put back."""
+        before = [(variable, tf.identity(tf_variable(variable))) for variable in self.variables]
+        self.bind(batch)
+        loss, _ = self._evaluate()
+        for variable, value in before:
+            variable.assign(value)
+        return float(loss)
+
+    def given(self, logs: dict[str, Any]) -> None:
+        """Takes the logs that the model's own `train_step` has returned."""
+        self._logs = logs
+
+    def conclude(self) -> dict[str, Any]:
+        """Updates the metrics and returns what the step records for Keras."""
+        if self._metrics is not None:
+            x, y, y_pred, sample_weight = self._metrics
+            self._logs = self.model.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
+        self.names = list(self._logs)
+        return {KERAS_LOSS if name == "loss" else name: value for name, value in self._logs.items()}
+
+    @property
+    def variables(self) -> list[Any]:
+        """What a step changes beside the trainable variables."""
+        return [*self.model.non_trainable_variables, *self.model.metrics_variables]
+
+
+def _without_optional(leaf: Any) -> Any:
+    return None if isinstance(leaf, tf.experimental.Optional) else leaf
+
+
+class TrainStep(Step):
+    """Makes the step by the model's own `train_step`, whose gradients the hooks see on their way to the optimizer.
+
+    Args:
+        objective: the model with its batch.
+    """
+
+    def __init__(self, objective: ModelObjective) -> None:
+        self.objective = objective
+        self._updaters: dict[int, Updater] = {}
+
+    def take(self, problem: Problem) -> dict[str, Any]:
+        """Makes one step."""
+        model: Any = self.objective.model
+        losses = _Losses(model)
+        with contextlib.ExitStack() as stack:
+            for optimizer in self._optimizers():
+                stack.enter_context(replaced(optimizer, "apply", self._apply(problem, optimizer)))
+            stack.enter_context(losses.watched())
+            logs = model.train_step(self.objective.batch)
+        if not isinstance(logs, dict):
+            raise TypeError(f"`train_step` must return a dict of logs, received {describe(logs)}.")
+        self.objective.given(logs)
+        problem.evaluations = 1
+        if problem.gradients is None:
+            if problem.has_hooks:
+                raise ValueError(
+                    "`train_step` must give its gradients to a Keras optimizer that is an attribute of the model, for"
+                    " the on_gradient hooks to see them, received none."
+                )
+            problem.gradients = []
+        return {"loss": losses.true(logs)}
+
+    def _optimizers(self) -> list[Any]:
+        optimizers = [
+            value for value in vars(self.objective.model).values() if isinstance(value, keras.optimizers.Optimizer)
+        ]
+        return list({id(optimizer): optimizer for optimizer in optimizers}.values())
+
+    def _apply(self, problem: Problem, optimizer: Any) -> Callable[..., Any]:
+        original = optimizer.apply
+        updater = self._updaters.setdefault(id(optimizer), Updater(optimizer))
+
+        def apply(grads: Any, trainable_variables: Any = None, **kwargs: Any) -> Any:
+            gradients = list(grads)
+            variables = list(optimizer._trainable_variables if trainable_variables is None else trainable_variables)
+            present = [position for position, gradient in enumerate(gradients) if gradient is not None]
+            true = updater.true([gradients[position] for position in present])
+            replaced = problem.transform(true, [variables[position] for position in present])
+            if problem.has_hooks:
+                for position, gradient in zip(present, updater.scaled(replaced), strict=True):
+                    gradients[position] = gradient
+            return original(gradients, variables, **kwargs)
+
+        return apply
+
+
+class _Losses:
+    """Finds the loss of the batch where `train_step` returns running means."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self._computed: list[Any] = []
+        self._last: dict[int, Any] = {}
+        self._results: dict[int, tuple[Any, Any]] = {}
+
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[None]:
+        """Watches `compute_loss` and every mean among the metrics."""
+        model, compute_loss = self._model, self._model.compute_loss
+
+        def compute(*args: Any, **kwargs: Any) -> Any:
+            self._computed.append(compute_loss(*args, **kwargs))
+            return self._computed[-1]
+
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(replaced(model, "compute_loss", compute))
+            for metric in model.metrics:
+                if type(metric) is keras.metrics.Mean:
+                    stack.enter_context(replaced(metric, "update_state", self._update(metric)))
+                    stack.enter_context(replaced(metric, "result", self._result(metric)))
+            yield
+
+    def _update(self, metric: Any) -> Callable[..., Any]:
+        original = metric.update_state
+
+        def update_state(values: Any, *args: Any, **kwargs: Any) -> Any:
+            self._last[id(metric)] = values
+            return original(values, *args, **kwargs)
+
+        return update_state
+
+    def _result(self, metric: Any) -> Callable[..., Any]:
+        original = metric.result
+
+        def result() -> Any:
+            value = original()
+            self._results[id(value)] = value, self._last.get(id(metric))
+            return value
+
+        return result
+
+    def true(self, logs: dict[str, Any]) -> Any:
+        """Returns the loss: the one that the mean under that name got last, or that `compute_loss` gave, or the sum."""
+        if "loss" in logs and self._of_batch(logs["loss"]) is not logs["loss"]:
+            return self._of_batch(logs["loss"])
+        if self._computed:
+            return self._computed[0]
+        losses = [self._of_batch(value) for name, value in logs.items() if name.endswith("loss")]
+        if not losses:
+            raise ValueError(
+                '`train_step` must call compute_loss or return a loss, a value whose name ends in "loss", received'
+                f" {', '.join(logs) or 'nothing'}."
+            )
+        return tf.add_n([tf.cast(loss, tf.float32) for loss in losses]) if len(losses) > 1 else losses[0]
+
+    def _of_batch(self, value: Any) -> Any:
+        _, last = self._results.get(id(value), (None, None))
+        return value if last is None else tf.reduce_mean(tf.convert_to_tensor(tf_variable(last)))
+
+
+@contextlib.contextmanager
+def replaced(owner: Any, name: str, function: Callable[..., Any]) -> Iterator[None]:
+    """Puts a function in the place of a method of one object, for the time of the block."""
+    attributes = vars(owner)
+    before = attributes.get(name)
+    attributes[name] = function
+    try:
+        yield
+    finally:
+        if before is None:
+            del attributes[name]
+        else:
+            attributes[name] = before
