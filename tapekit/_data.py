@@ -58,10 +58,9 @@ class _DevicePass:
 
         def batch(feed: Any, n: Any) -> Any:
             arrays, order, first = feed
-            first += n * size
-            if order is None:
-                return _each(lambda a: tf.slice(a, [first, *[0] * (len(a.shape) - 1)], [size, *a.shape[1:]]), arrays)
-            rows = tf.slice(order, [first], [size])
+            rows = first + n * size + tf.range(size)  # a slice would be compiled anew for every `first`
+            if order is not None:
+                rows = tf.gather(order, rows)
             return _each(lambda array: tf.gather(array, rows), arrays)
 
         if size not in self._specs:
