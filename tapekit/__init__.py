@@ -19,6 +19,7 @@ if _keras.backend.backend() != "tensorflow":
         " environment variable KERAS_BACKEND=tensorflow before Keras is imported."
     )
 
+from tapekit import _session as _session
 from tapekit import callbacks, steps, stopping
 from tapekit._loop import OptimizationLoop
 from tapekit._optimizers import minimize

@@ -11,6 +11,7 @@ from typing import Any
 import keras
 import numpy as np
 import tensorflow as tf
+from keras import tree
 from keras.src.backend.tensorflow.trainer import TFEpochIterator
 from keras.src.trainers.data_adapters.array_slicing import train_validation_split
 from keras.src.utils.python_utils import pythonify_logs
@@ -59,8 +60,7 @@ class FitArguments:
             raise ValueError(f'`shuffle` must be True, False or "batch", received {describe(self.shuffle)}.')
         if not 0.0 <= check_real(self.validation_split, "validation_split", 0.0) < 1.0:
             raise ValueError(f"`validation_split` must be below 1, received {self.validation_split}.")
-        freq: Any = self.validation_freq
-        for epoch in freq if isinstance(freq, list) else [freq]:
+        for epoch in tree.flatten(self.validation_freq):
             check_integer(epoch, "validation_freq", 1)
 
     def data(self, model: Any, endless: bool) -> tuple[Batches, Validation | None]:
@@ -104,6 +104,8 @@ def keras_defaults(callbacks: Sequence[Any], verbose: Any) -> list[Any]:
 
 class LoopCallbackList(keras.callbacks.CallbackList):
     """The callbacks of a fit as `keras.Model.evaluate` takes them; the other hooks are called by the loop."""
+
+    of_a_loop = True
 
     def __init__(self, callbacks: Sequence[Any], model: Any, **params: Any) -> None:
         super().__init__(list(callbacks), model=model, **params)

@@ -423,8 +423,9 @@ class OptimizationLoop(Hooks, Configurable):
         given = None if variables is None else check_variables(variables)
         extra = _callback_list(callbacks)
         self._check_step_provides(extra)
-        dispatch = Dispatch([self, *self.callbacks, *extra], check_integer(steps_per_epoch, "steps_per_epoch", 1))
-        if not (live or self._ends_by_itself or dispatch.can_stop):
+        owners = [*self.callbacks, *extra]
+        dispatch = Dispatch([self, *owners], check_integer(steps_per_epoch, "steps_per_epoch", 1))
+        if not (live or self._criteria_of(owners)[1:] or dispatch.can_stop):
             raise ValueError(
                 "`max_iterations`, `tolerance`, `stopping` or a callback must end the run, received none of them."
             )
@@ -433,20 +434,22 @@ class OptimizationLoop(Hooks, Configurable):
             (objective.function, given),
             (_identity(objective.function), names, allow_unused),
             dispatch,
+            self._criteria_of(owners),
             lambda: (objective, self._updater, given or [], self.step, allow_unused),
             self.run_eagerly,
             self.jit_compile,
         )
-        limits = [part.n for part in self._criteria if isinstance(part, _stopping.MaxIterations)]
+        limits = [part.n for part in driver.body.criteria if isinstance(part, _stopping.MaxIterations)]
         period = 1 if live else dispatch.period(min(limits, default=1 << 62))
         structure = list(driver.body.variables) if variables is None else variables
         if isinstance(structure, (tf.Variable, KerasVariable)):
             structure = [structure]
-        return Run(driver, dispatch, [*self.callbacks, *extra], structure, steps_per_epoch, period, live)
+        return Run(driver, dispatch, owners, structure, steps_per_epoch, period, live)
 
-    @property
-    def _ends_by_itself(self) -> bool:
-        return len(self._criteria) > 1
+    def _criteria_of(self, callbacks: list[Any]) -> list[_stopping.Criterion]:
+        """Returns the criteria of a run: those of the loop, and of `StopWhen` among its callbacks."""
+        more = [callback.criterion for callback in callbacks if isinstance(callback, _callbacks.StopWhen)]
+        return _check_count([*self._criteria, *more])
 
     def _prepare_fit(self, model: Any, callbacks: Any, arguments: FitArguments, loss: Any, metrics: Any) -> FitRun:
         self._check_can_run()
@@ -454,9 +457,11 @@ class OptimizationLoop(Hooks, Configurable):
         check_step(self.step, model)
         extra = _callback_list(callbacks)
         self._check_step_provides(extra)
-        batches, validation = arguments.data(model, endless=self._ends_by_itself)
+        owners = [*self.callbacks, *extra]
+        criteria = self._criteria_of(owners)
+        batches, validation = arguments.data(model, endless=len(criteria) > 1)
         compile_model(model, self.optimizer, loss, metrics)
-        owners = [*self.callbacks, *extra, *keras_defaults([*self.callbacks, *extra], arguments.verbose)]
+        owners += keras_defaults(owners, arguments.verbose)
         dispatch = Dispatch([self, *owners], None, model.steps_per_execution)
         eager = self.run_eagerly or model.run_eagerly
         optimizer = self._fit_optimizer(model)
@@ -467,6 +472,7 @@ class OptimizationLoop(Hooks, Configurable):
             kept,
             tuple(map(id, kept)),
             dispatch,
+            criteria,
             lambda: (objective, Updater(optimizer), variables, step_for(self.step, objective), True),
             eager,
             jit_compile_for(model, self.jit_compile),
@@ -485,27 +491,27 @@ class OptimizationLoop(Hooks, Configurable):
         self._scaled = self._scaled or keras.optimizers.LossScaleOptimizer(self.optimizer)
         return self._scaled
 
-    def _program(self, kept: Any, key: tuple, dispatch: Dispatch, parts: Callable[[], Any], eager: bool, jit) -> Driver:
+    def _program(self, kept, key, dispatch: Dispatch, criteria, parts: Callable[[], Any], eager: bool, jit) -> Driver:
         """Returns the driver for an objective, the same one for the same question.
 
         Args:
             kept: what must live as long as the program, so that ids in the key stay theirs.
             key: what tells objectives apart.
             dispatch: the hooks.
+            criteria: of which any one stops.
             parts: makes the objective, the updater, the variables, the step, and whether some may be unused.
             eager: whether to run eagerly.
             jit: whether to compile by XLA.
         """
         functions = (*self.measures.values(), *dispatch.gradient_hooks)
-        key = (*key, eager, jit, *(_identity(function) for function in functions))
+        key = (*key, eager, jit, *map(id, criteria), *(_identity(function) for function in functions))
         if key not in self._programs:
             objective, updater, variables, step, allow_unused = parts()
             hooks = dispatch.gradient_hooks
-            criteria, measures = self._criteria, self.measures
-            body = StepBody(objective, updater, variables, step, criteria, measures, hooks, allow_unused)
+            body = StepBody(objective, updater, variables, step, criteria, self.measures, hooks, allow_unused)
             longest = 1 << 62 if self.steps_per_execution == "auto" else int(self.steps_per_execution)
             driver = make_driver(body, eager, jit, longest)
-            driver.kept_alive = kept, functions
+            driver.kept_alive = kept, functions, criteria
             while len(self._programs) >= _REMEMBERED_PROGRAMS:
                 self._programs.pop(next(iter(self._programs)))
             self._programs[key] = driver
@@ -524,12 +530,10 @@ class OptimizationLoop(Hooks, Configurable):
             criteria.append(_stopping.LossChangeBelow(self.tolerance))
         if self.max_iterations is not None:
             criteria.append(_stopping.MaxIterations(self.max_iterations))
-        if len(criteria) > _MOST_CRITERIA:
-            raise ValueError(f"`stopping` must hold at most {_MOST_CRITERIA - 3} criteria, received {len(criteria)}.")
-        return criteria
+        return _check_count(criteria)
 
     def _check_step_provides(self, callbacks: list[Any]) -> None:
-        parts = [part for criterion in self._criteria for part in criterion.parts()]
+        parts = [part for criterion in self._criteria_of(callbacks) for part in criterion.parts()]
         norms = [type(part).__name__ for part in parts if {"gradient_norm", "gradient_norm_inf"} & part.needs]
         hooks = {type(o).__name__: hook for o in (self, *callbacks) if (hook := overridden(o, "on_gradient"))}
         measures = {f"measure {name!r}": call for name, call in self.measures.items() if required_arguments(call)}
@@ -542,6 +546,12 @@ class OptimizationLoop(Hooks, Configurable):
                     f"`step` must provide {what} for {', '.join(wanting)}, received {type(self.step).__name__}, which"
                     f" does not{hint}."
                 )
+
+
+def _check_count(criteria: list[_stopping.Criterion]) -> list[_stopping.Criterion]:
+    if len(criteria) > _MOST_CRITERIA:
+        raise ValueError(f"`stopping` must hold at most {_MOST_CRITERIA - 3} criteria, received {len(criteria)}.")
+    return criteria
 
 
 def _identity(function: Callable[..., Any]) -> tuple[int, int]:

@@ -13,7 +13,7 @@ from tapekit._objective import keras_variable
 from tapekit._records import Records, row
 from tapekit._result import OptimizationResult, StopReason
 from tapekit._tensors import tf_variable
-from tapekit.callbacks import Callback
+from tapekit.callbacks import Callback, StopWhen
 from tapekit.callbacks._dispatch import Dispatch, keras_logs, without_keras_loss
 from tapekit.callbacks._variables_model import VariablesModel
 from tapekit.stopping import either
@@ -112,6 +112,7 @@ class Run:
         state = self._driver.read(self._last.state)
         logs = {**without_keras_loss(self.logs), "step": self.step, "evaluations": state.evaluations}
         pairs = enumerate(zip(self._driver.body.criteria, state.criteria, strict=True))
+        tell_stop_when(self._callbacks, self._driver.body.criteria, state.criteria, fired, logs)
         self.explanation = either([criterion.explain(s, logs) for bit, (criterion, s) in pairs if fired >> bit & 1])
 
     def stopped(self, why: str) -> None:
@@ -161,3 +162,11 @@ class Run:
     def _close(self, logs: dict[str, Any]) -> None:
         self._closed = True
         self.dispatch.train("on_train_end", keras_logs(logs))
+
+
+def tell_stop_when(callbacks: Any, criteria: Any, states: Any, fired: int, logs: dict[str, Any]) -> None:
+    """Leaves the reason and the sentence on the `StopWhen` callbacks whose criteria have fired, a bit each."""
+    for bit, (criterion, state) in enumerate(zip(criteria, states, strict=True)):
+        for callback in callbacks:
+            if fired >> bit & 1 and isinstance(callback, StopWhen) and callback.criterion is criterion:
+                callback.reason, callback.message = criterion.explain(state, logs)

@@ -11,11 +11,12 @@ PACKAGE = pathlib.Path(tapekit.__file__).parent
 LAYERS = [
     {"_describe", "_tensors", "_config", "_records", "_result", "_version"},
     {"_explain"},
-    {"stopping", "callbacks", "_tape"},
+    {"stopping"},
+    {"callbacks", "_tape"},
     {"_objective", "_optimizers", "steps", "_data", "_model"},
     {"_body"},
     {"_drivers"},
-    {"_run", "_fit", "_loop"},
+    {"_run", "_fit", "_loop", "_session"},
     {"__init__"},
 ]
 LAYER = {module: number for number, modules in enumerate(LAYERS) for module in modules}
@@ -44,6 +45,6 @@ def test_every_module_has_a_layer_and_imports_nothing_from_above():
         for name, paths in modules.items()
         for path in paths
         for target in _imports(path)
-        if target != name and (LAYER[target] > LAYER[name] or (LAYER[target] == LAYER[name] and LAYER[name] in (2, 4)))
+        if target != name and (LAYER[target] > LAYER[name] or (LAYER[target] == LAYER[name] and LAYER[name] in (3, 5)))
     ]
     assert upward == []

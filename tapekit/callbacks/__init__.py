@@ -22,6 +22,7 @@ from tapekit.callbacks._gradients import (
     GradientNoise,
     ScaleGradients,
 )
+from tapekit.callbacks._stop_when import StopWhen
 from tapekit.callbacks._table import IterationTable
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "GradientStatistics",
     "IterationTable",
     "ScaleGradients",
+    "StopWhen",
     "get",
 ]
 
@@ -57,6 +59,7 @@ _registry.add(
     GradientStatistics,
     CaptureGradients,
     CheckGradients,
+    StopWhen,
 )
 
 

@@ -26,6 +26,10 @@ def recording(records: dict[str, Any]) -> Iterator[None]:
         _recording.reset(token)
 
 
+joining: list[Callable[[Any], None]] = []
+"""What a callback is given to when it is told of its model, so that its hooks work in `keras.Model.fit`."""
+
+
 class Hooks:
     """The hooks of a run, which `Callback` and `OptimizationLoop` share. Those left alone cost nothing.
 
@@ -138,6 +142,12 @@ class Callback(Configurable, keras.callbacks.Callback):
     on_step = Hooks.on_step
     on_gradient = Hooks.on_gradient
     record = Hooks.record
+
+    def set_model(self, model: Any) -> None:
+        """Takes the model; called by Keras, where it makes the hooks known to `keras.Model.fit`."""
+        super().set_model(model)
+        for join in joining:
+            join(self)
 
 
 class FunctionCallback(Callback):

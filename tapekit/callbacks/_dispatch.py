@@ -76,6 +76,7 @@ class Dispatch:
         owners: objects with hooks, in the order in which they are called.
         epoch_length: the number of steps of an epoch; `None` if `begin_epoch` and `end_epoch` say where one is.
         batches_per_call: at every how many batches the batch hooks of Keras callbacks are called.
+        hooks: the hooks to call, beside `on_gradient` and those of the whole run.
     """
 
     def __init__(
@@ -83,15 +84,18 @@ class Dispatch:
         owners: Sequence[Any],
         epoch_length: int | None,
         batches_per_call: int = 1,
+        hooks: Sequence[str] = (*_PER_STEP, *_PER_EPOCH),
     ) -> None:
         self._owners = owners
         self._epoch_length = epoch_length
         self._batches_per_call = batches_per_call
         self._first = 1
         """The first step of the epoch, if these are not of one length."""
-        self._hooks = {hook: list(self._registrations(hook)) for hook in (*_PER_STEP, *_PER_EPOCH)}
+        self._hooks = {hook: list(self._registrations(hook)) for hook in hooks}
         registered = [item for hooks in self._hooks.values() for item in hooks]
-        timed = [item for hook in _PER_STEP for item in self._hooks[hook]] if epoch_length is None else registered
+        timed = (
+            [item for hook in _PER_STEP for item in self._hooks.get(hook, ())] if epoch_length is None else registered
+        )
         self._edges = {(item.every, item.from_epoch) for item in timed if item.every and not item.replayable}
         self._live = any(not item.replayable for item in registered)
         self._replayed = any(item.replayable for item in timed)
@@ -191,7 +195,7 @@ class Dispatch:
             self._call("on_epoch_end", epoch, logs, due)
 
     def _call(self, hook: str, position: int, logs: dict[str, Any], due: Callable[[_Registration], bool]):
-        items = [item for item in self._hooks[hook] if due(item)]
+        items = [item for item in self._hooks.get(hook, ()) if due(item)]
         if not items:
             return
         logs = without_keras_loss(logs) if hook == "on_step" else keras_logs(logs)

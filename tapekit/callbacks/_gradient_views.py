@@ -55,6 +55,12 @@ class ViewingCallback(CountingCallback):
         """Makes room for what the variables of this run need."""
         super().on_train_begin(logs)
         assert self.model is not None
+        self.shelf = None
+        if self.model.trainable_variables:
+            self._make_room()
+
+    def _make_room(self) -> None:
+        assert self.model is not None
         variables = [tf_variable(variable) for variable in self.model.trainable_variables]
         key = tuple(map(id, variables))
         if key not in self._shelves:
@@ -64,7 +70,11 @@ class ViewingCallback(CountingCallback):
 
     def on_gradient(self, gradients, variables):
         """Looks at the gradients, if the step is one of those to look at, and leaves them as they are."""
-        shelf, before = self.shelf, self.count()
+        if self.shelf is None:  # the variables of the model were not made when the run began
+            with tf.init_scope():
+                self._make_room()
+        shelf: Any = self.shelf
+        before = self.count()
         choice = shelf.choose(variables)
 
         def look() -> tf.Tensor:
