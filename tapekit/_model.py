@@ -20,18 +20,21 @@ from tapekit.steps import MinimizeStep, Problem, Step, TapeStep
 
 def has_own_train_step(model: keras.Model) -> bool:
     """Returns whether somebody overrode `train_step`."""
-    return getattr(model.train_step, "__func__", None) is not keras.Model.train_step
+    return _overrides(model, "train_step")
+
+
+def _overrides(model: keras.Model, method: str) -> bool:
+    return getattr(getattr(model, method), "__func__", None) is not getattr(keras.Model, method)
 
 
 def check_model(model: Any, loss: Any, optimizer: Any) -> None:
     """Raises unless the loop can train the model with what it has been given."""
-    foreign = next((o for o in (model, optimizer) if type(o).__module__.partition(".")[0] == "tf_keras"), None)
-    if any(kind.__module__.startswith("tf_keras") for kind in type(model).__mro__) or foreign is not None:
-        name = "optimizer" if foreign is optimizer is not None else "model"
-        raise TypeError(
-            f"`{name}` must be of Keras 3 for fit, received {describe(model if name == 'model' else optimizer)} of"
-            " tf_keras; use minimize with a function that returns the loss, and the model's trainable_variables."
-        )
+    for name, value in (("model", model), ("optimizer", optimizer)):
+        if any(kind.__module__.partition(".")[0] == "tf_keras" for kind in type(value).__mro__):
+            raise TypeError(
+                f"`{name}` must be of Keras 3 for fit, received {describe(value)} of tf_keras; use minimize with a"
+                " function that returns the loss, and the model's trainable_variables."
+            )
     if not isinstance(model, keras.Model):
         raise TypeError(f"`model` must be a keras.Model, received {describe(model)}.")
     if model.distribute_strategy.num_replicas_in_sync > 1:
@@ -44,7 +47,8 @@ def check_model(model: Any, loss: Any, optimizer: Any) -> None:
             "`loss` must be None for a model that is compiled, which has one; compile it anew for another, received"
             f" {describe(loss)}."
         )
-    if not model.compiled and loss is None and not has_own_train_step(model):
+    computes = has_own_train_step(model) or _overrides(model, "compute_loss")
+    if not model.compiled and loss is None and not computes:
         raise ValueError("`loss` must be given for a model that is not compiled, received None.")
     if optimizer is None and not model.compiled:
         raise ValueError("`optimizer` must be given to the loop for a model that is not compiled, received None.")
@@ -52,14 +56,21 @@ def check_model(model: Any, loss: Any, optimizer: Any) -> None:
 
 def compile_model(model: Any, optimizer: Any, loss: Any, metrics: Any) -> None:
     """Compiles a model that is not compiled."""
+    if model.compiled and metrics is not None:
+        raise ValueError(
+            "`metrics` must be None for a model that is compiled, which has its own; compile it anew for others,"
+            f" received {describe(metrics)}."
+        )
     if not model.compiled:
         model.compile(optimizer=optimizer, loss=loss, metrics=metrics)
 
 
 def needs_scaling(model: Any, optimizer: Any) -> bool:
-    """Returns whether Keras would scale the loss, which it does under mixed_float16."""
-    scales = isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
-    return model.dtype_policy.name == "mixed_float16" and not scales
+    """Returns whether Keras would scale the loss, which it does under mixed_float16 unless it is told not to."""
+    scales = isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer)
+    scalable = isinstance(optimizer, keras.optimizers.Optimizer)
+    scaled = isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
+    return model.dtype_policy.name == "mixed_float16" and scales and scalable and not scaled
 
 
 def jit_compile_for(model: Any, jit_compile: bool | str) -> bool | str:
@@ -75,13 +86,15 @@ def jit_compile_for(model: Any, jit_compile: bool | str) -> bool | str:
 def build_model(model: Any, optimizer: Any, spec: Any, eager: bool) -> None:
     """Makes the variables of a model and its metrics that are made at the first batch, outside of the compiled step."""
     metrics = model._compile_metrics
-    model_is_built = all(layer.built for layer in model._flatten_layers())
-    if model_is_built and (eager or metrics is None or metrics.built):
+    if _is_built(model) and (eager or metrics is None or metrics.built):
         return
     if eager:
-        inputs, _, _ = keras.utils.unpack_x_y_sample_weight(spec)
-        model(tree.map_structure(lambda s: tf.zeros([size or 1 for size in s.shape], s.dtype), inputs))
-        return
+        # A train_step of its own may call other layers than the model, or with something else than the inputs.
+        with contextlib.suppress(*([Exception] if has_own_train_step(model) else [])):
+            inputs, _, _ = keras.utils.unpack_x_y_sample_weight(spec)
+            model(tree.map_structure(lambda s: tf.zeros([size or 1 for size in s.shape], s.dtype), inputs))
+        if _is_built(model) or not has_own_train_step(model):
+            return
     objective = ModelObjective(model)
 
     def step(batch: Any) -> None:
@@ -94,6 +107,11 @@ def build_model(model: Any, optimizer: Any, spec: Any, eager: bool) -> None:
             objective.conclude()
 
     tf.function(step, autograph=False).get_concrete_function(spec)
+
+
+def _is_built(model: Any) -> bool:
+    """Returns whether all layers have their variables; a model that only holds layers is never built itself."""
+    return all(layer.built for layer in model._flatten_layers(include_self=_overrides(model, "call")))
 
 
 def check_step(step: Step, model: Any) -> None:
@@ -155,33 +173,56 @@ class ModelObjective:
 
     def loss_of(self, batch: Any) -> float:
         """Returns the loss of a batch in training; whatever an evaluation changes is put back."""
-        before = [(variable, tf.identity(tf_variable(variable))) for variable in self.variables]
+        is_own = has_own_train_step(self.model)
+        variables = [*self.variables, *(self.model.trainable_variables if is_own else [])]
+        before = [(variable, tf.identity(tf_variable(variable))) for variable in variables]
         self.bind(batch)
-        loss, _ = self._evaluate()
-        for variable, value in before:
-            variable.assign(value)
-        return float(loss)
+        try:
+            return float(_loss_of_train_step(self) if is_own else self._evaluate()[0])
+        finally:
+            for variable, value in before:
+                variable.assign(value)
 
     def given(self, logs: dict[str, Any]) -> None:
         """Takes the logs that the model's own `train_step` has returned."""
-        self._logs = logs
+        self._logs = _flat(logs)
 
     def conclude(self) -> dict[str, Any]:
         """Updates the metrics and returns what the step records for Keras."""
         if self._metrics is not None:
             x, y, y_pred, sample_weight = self._metrics
-            self._logs = self.model.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
+            self._logs = _flat(self.model.compute_metrics(x, y, y_pred, sample_weight=sample_weight))
         self.names = list(self._logs)
         return {KERAS_LOSS if name == "loss" else name: value for name, value in self._logs.items()}
 
     @property
     def variables(self) -> list[Any]:
-        """What a step changes beside the trainable variables."""
-        return [*self.model.non_trainable_variables, *self.model.metrics_variables]
+        """What a step changes beside the trainable variables and the slots of the loop's optimizer."""
+        optimizers = _optimizers(self.model) if has_own_train_step(self.model) else []
+        slots = [variable for optimizer in optimizers for variable in optimizer.variables]
+        return [*self.model.non_trainable_variables, *self.model.metrics_variables, *slots]
 
 
 def _without_optional(leaf: Any) -> Any:
     return None if isinstance(leaf, tf.experimental.Optional) else leaf
+
+
+def _flat(logs: dict[str, Any]) -> dict[str, Any]:
+    """Returns logs without the dicts inside that some metrics give, as Keras flattens them for its callbacks."""
+    flat: dict[str, Any] = {}
+    for name, value in logs.items():
+        flat |= _flat(value) if isinstance(value, dict) else {name: value}
+    return flat
+
+
+def _optimizers(model: Any) -> list[Any]:
+    """Returns the optimizers that are attributes of a model, or in a list or dict that is one, the outermost alone."""
+    found: dict[int, Any] = {}
+    for value in vars(model).values():
+        inside = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else [value]
+        found |= {id(item): item for item in inside if isinstance(item, keras.optimizers.Optimizer)}
+    inner = {id(getattr(optimizer, "inner_optimizer", None)) for optimizer in found.values()}
+    return [optimizer for key, optimizer in found.items() if key not in inner]
 
 
 class TrainStep(Step):
@@ -200,7 +241,7 @@ class TrainStep(Step):
         model: Any = self.objective.model
         losses = _Losses(model)
         with contextlib.ExitStack() as stack:
-            for optimizer in self._optimizers():
+            for optimizer in _optimizers(model):
                 stack.enter_context(replaced(optimizer, "apply", self._apply(problem, optimizer)))
             stack.enter_context(losses.watched())
             logs = model.train_step(self.objective.batch)
@@ -216,12 +257,6 @@ class TrainStep(Step):
                 )
             problem.gradients = []
         return {"loss": losses.true(logs)}
-
-    def _optimizers(self) -> list[Any]:
-        optimizers = [
-            value for value in vars(self.objective.model).values() if isinstance(value, keras.optimizers.Optimizer)
-        ]
-        return list({id(optimizer): optimizer for optimizer in optimizers}.values())
 
     def _apply(self, problem: Problem, optimizer: Any) -> Callable[..., Any]:
         original = optimizer.apply
@@ -239,6 +274,17 @@ class TrainStep(Step):
             return original(gradients, variables, **kwargs)
 
         return apply
+
+
+def _loss_of_train_step(objective: ModelObjective) -> Any:
+    """Returns the loss of the batch by the model's own `train_step`, with optimizers that update nothing."""
+    model: Any = objective.model
+    losses = _Losses(model)
+    with contextlib.ExitStack() as stack:
+        for optimizer in _optimizers(model):
+            stack.enter_context(replaced(optimizer, "apply", lambda *args, **kwargs: None))
+        stack.enter_context(losses.watched())
+        return losses.true(model.train_step(objective.batch))
 
 
 class _Losses:
@@ -261,7 +307,7 @@ class _Losses:
 
         with contextlib.ExitStack() as stack:
             stack.enter_context(replaced(model, "compute_loss", compute))
-            for metric in model.metrics:
+            for metric in {id(metric): metric for metric in [*model.metrics, *model._metrics]}.values():
                 if type(metric) is keras.metrics.Mean:
                     stack.enter_context(replaced(metric, "update_state", self._update(metric)))
                     stack.enter_context(replaced(metric, "result", self._result(metric)))
@@ -287,11 +333,13 @@ class _Losses:
         return result
 
     def true(self, logs: dict[str, Any]) -> Any:
-        """Returns the loss: the one that the mean under that name got last, or that `compute_loss` gave, or the sum."""
+        """Returns what the mean under "loss" got last, what `compute_loss` gave, what is named "loss", or the sum."""
         if "loss" in logs and self._of_batch(logs["loss"]) is not logs["loss"]:
             return self._of_batch(logs["loss"])
         if self._computed:
             return self._computed[0]
+        if "loss" in logs:
+            return logs["loss"]
         losses = [self._of_batch(value) for name, value in logs.items() if name.endswith("loss")]
         if not losses:
             raise ValueError(
@@ -309,12 +357,12 @@ class _Losses:
 def replaced(owner: Any, name: str, function: Callable[..., Any]) -> Iterator[None]:
     """Puts a function in the place of a method of one object, for the time of the block."""
     attributes = vars(owner)
-    before = attributes.get(name)
+    is_own, before = name in attributes, attributes.get(name)
     attributes[name] = function
     try:
         yield
     finally:
-        if before is None:
+        if not is_own:
             del attributes[name]
         else:
             attributes[name] = before
