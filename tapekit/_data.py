@@ -219,7 +219,26 @@ def _device_arrays(adapter: Any, most_bytes: int) -> Any:
         return None
     if sum(_bytes(leaf) for leaf in leaves) > most_bytes:
         return None
-    return _each(tf.convert_to_tensor, arrays)
+    return _each(_tensor, arrays)
+
+
+class _Lent:
+    """An array that TensorFlow copies once; of one that it knows as such it makes a second copy."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self._array = array
+
+    def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:
+        return self._array
+
+
+def _tensor(leaf: Any) -> tf.Tensor:
+    # What is aligned to 64 bytes TensorFlow would not copy at all, but share with whoever may change it.
+    lends = isinstance(leaf, np.ndarray) and leaf.nbytes > _SMALL and leaf.ctypes.data % 64 and leaf.flags.c_contiguous
+    return tf.convert_to_tensor(_Lent(leaf) if lends else leaf)
+
+
+_SMALL = 1 << 16
 
 
 def _each(function: Callable[[Any], Any], arrays: Any) -> Any:

@@ -247,8 +247,17 @@ def all_finite(gradients: Sequence[Any]) -> tf.Tensor:
     finite = tf.constant(True)
     for gradient in gradients:
         values = gradient.values if isinstance(gradient, tf.IndexedSlices) else gradient
-        finite &= tf.reduce_all(tf.math.is_finite(values))
+        size = values.shape.num_elements() or 1
+        if size >= _LARGE and size % _FOLDS == 0:
+            # XLA makes one sum after the other out of a whole reduction; sums side by side take half the time.
+            sums = tf.reduce_sum(tf.reshape(values * tf.zeros([], values.dtype), [_FOLDS, -1]), axis=0)
+            finite &= tf.reduce_all(tf.equal(sums, 0))
+        else:
+            finite &= tf.reduce_all(tf.math.is_finite(values))
     return finite
+
+
+_LARGE, _FOLDS = 1 << 12, 1 << 5
 
 
 def _get_optimizer(optimizer: Any) -> Any:
