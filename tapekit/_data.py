@@ -235,7 +235,8 @@ class _Lent:
 def _tensor(leaf: Any) -> tf.Tensor:
     # What is aligned to 64 bytes TensorFlow would not copy at all, but share with whoever may change it.
     lends = isinstance(leaf, np.ndarray) and leaf.nbytes > _SMALL and leaf.ctypes.data % 64 and leaf.flags.c_contiguous
-    return tf.convert_to_tensor(_Lent(leaf) if lends else leaf)
+    value: Any = _Lent(leaf) if lends else leaf
+    return tf.convert_to_tensor(value)
 
 
 _SMALL = 1 << 16

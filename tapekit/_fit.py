@@ -14,7 +14,6 @@ import tensorflow as tf
 from keras import tree
 from keras.src.backend.tensorflow.trainer import TFEpochIterator
 from keras.src.trainers.data_adapters.array_slicing import train_validation_split
-from keras.src.utils.python_utils import pythonify_logs
 
 from tapekit._data import Batches
 from tapekit._describe import check_integer, check_real, describe
@@ -60,7 +59,8 @@ class FitArguments:
             raise ValueError(f'`shuffle` must be True, False or "batch", received {describe(self.shuffle)}.')
         if not 0.0 <= check_real(self.validation_split, "validation_split", 0.0) < 1.0:
             raise ValueError(f"`validation_split` must be below 1, received {self.validation_split}.")
-        for epoch in tree.flatten(self.validation_freq):
+        epochs: Any = tree.flatten(self.validation_freq)
+        for epoch in epochs:
             check_integer(epoch, "validation_freq", 1)
 
     def data(self, model: Any, endless: bool) -> tuple[Batches, Validation | None]:
@@ -74,7 +74,8 @@ class FitArguments:
         held_out = self.validation_data
         if self.validation_split and held_out is None:
             whole = x, y, sample_weight
-            (x, y, sample_weight), held_out = train_validation_split(whole, validation_split=self.validation_split)
+            split: Any = train_validation_split(whole, validation_split=self.validation_split)
+            (x, y, sample_weight), held_out = split
         infinite = isinstance(x, tf.data.Dataset) and x.cardinality() == tf.data.INFINITE_CARDINALITY
         if infinite and not (self.steps_per_epoch or endless):
             raise ValueError(
@@ -249,7 +250,7 @@ class FitRun(Run):
         logs = dict(self._model._get_metrics_result_or_logs({name: last.get(name) for name in self._objective.names}))
         if self._validation and self._validation.due(self._epoch):
             logs |= self._validation.logs(self._callback_list)
-        self._epoch_logs = pythonify_logs(logs)
+        self._epoch_logs = _numbers(logs)
         for name, value in self._epoch_logs.items():
             self._epoch_history.setdefault(name, []).append(value)
         self.dispatch.end_epoch(self._epoch, self._epoch_logs)
@@ -275,3 +276,9 @@ class FitRun(Run):
         self._result = dataclasses.replace(result, epoch_history=history)
         self._model.optimizer = self._compiled_optimizer
         return self._result
+
+
+def _numbers(logs: dict[str, Any]) -> dict[str, Any]:
+    """Returns logs of tensors as Keras gives them to callbacks: in order of their names, scalars as Python floats."""
+    values = {name: np.asarray(logs[name]) for name in sorted(logs)}
+    return {name: float(value) if value.ndim == 0 else value for name, value in values.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import itertools
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -36,6 +37,7 @@ from tapekit._run import Run
 from tapekit._tensors import KerasVariable
 from tapekit.callbacks._base import Hooks
 from tapekit.callbacks._dispatch import Dispatch, overridden
+from tapekit.callbacks._variables_model import check_callbacks
 
 _REMEMBERED_PROGRAMS = 8
 _RUNNING = "this loop is running already; make another OptimizationLoop for a run inside a run."
@@ -424,6 +426,7 @@ class OptimizationLoop(Hooks, Configurable):
         extra = _callback_list(callbacks)
         self._check_step_provides(extra)
         owners = [*self.callbacks, *extra]
+        check_callbacks(owners, self.optimizer)
         dispatch = Dispatch([self, *owners], check_integer(steps_per_epoch, "steps_per_epoch", 1))
         if not (live or self._criteria_of(owners)[1:] or dispatch.can_stop):
             raise ValueError(
@@ -561,7 +564,9 @@ def _identity(function: Callable[..., Any]) -> tuple[int, int]:
 def _callback_list(callbacks: Any) -> list[Any]:
     if callbacks is None:
         return []
-    return [_callbacks.get(item) for item in (callbacks if isinstance(callbacks, (list, tuple)) else [callbacks])]
+    items = callbacks if isinstance(callbacks, (list, tuple)) else [callbacks]
+    lists = [item.callbacks if isinstance(item, keras.callbacks.CallbackList) else [item] for item in items]
+    return [_callbacks.get(item) for item in itertools.chain.from_iterable(lists)]
 
 
 def _check_measures(measures: Any) -> dict[str, Callable[..., Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Any
 
@@ -16,7 +17,7 @@ from tapekit._tensors import tf_variable
 from tapekit.callbacks import Callback, StopWhen
 from tapekit.callbacks._dispatch import Dispatch, keras_logs, without_keras_loss
 from tapekit.callbacks._variables_model import VariablesModel
-from tapekit.stopping import either
+from tapekit.stopping import MaxIterations, either
 
 
 class Run:
@@ -45,6 +46,7 @@ class Run:
         self.dispatch = dispatch
         self.live = live
         self.step = 0
+        self._first = 0
         self.explanation: tuple[StopReason, str] | None = None
         self._driver = driver
         self._callbacks = callbacks
@@ -70,10 +72,29 @@ class Run:
             if isinstance(callback, Callback):
                 callback.loop = loop
             callback.set_model(self._model)
-            callback.set_params({"epochs": None, "steps": self._steps_per_epoch, "verbose": 0})
+            callback.set_params({"epochs": self._epochs, "steps": self._steps_per_epoch, "verbose": 1})
         self._driver.body.step.reset()
         self.dispatch.train("on_train_begin")
+        if self._model is not None and self._model._initial_epoch:
+            self._go_on(self._model._initial_epoch * self._steps_per_epoch)
         self._driver.prepare(self._period)
+
+    @property
+    def _limits(self) -> list[MaxIterations]:
+        return [criterion for criterion in self._driver.body.criteria if isinstance(criterion, MaxIterations)]
+
+    @property
+    def _epochs(self) -> float:
+        """The number of the last epoch, as far as it is known before."""
+        return min((-(-limit.n // self._steps_per_epoch) for limit in self._limits), default=math.inf)
+
+    def _go_on(self, step: int) -> None:
+        """Counts on from the last step of a run that was broken off."""
+        self.step = self._first = step
+        self._state = self._driver.begin(step)
+        for limit in self._limits:
+            if step >= limit.n:
+                self.explanation = limit.explain(None, {"step": step})
 
     def steps_to_next_edge(self) -> int:
         """Returns how many steps may be taken before somebody needs the host."""
@@ -133,7 +154,7 @@ class Run:
         self._result = OptimizationResult(
             loss=loss,
             variables=tree.map_structure(lambda v: np.asarray(tf_variable(v).numpy()), self._structure),
-            steps=self.step,
+            steps=self.step - self._first,
             evaluations=(0 if self._last is None else self._last.evaluations) + (self._loss is not None),
             seconds=time.perf_counter() - self._started,
             reason=reason,
@@ -161,7 +182,8 @@ class Run:
 
     def _close(self, logs: dict[str, Any]) -> None:
         self._closed = True
-        self.dispatch.train("on_train_end", keras_logs(logs))
+        broken_off = self.explanation is not None and self.explanation[0] in (StopReason.ERROR, StopReason.INTERRUPTED)
+        self.dispatch.train("on_train_end", keras_logs(logs), broken_off)
 
 
 def tell_stop_when(callbacks: Any, criteria: Any, states: Any, fired: int, logs: dict[str, Any]) -> None:

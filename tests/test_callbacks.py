@@ -506,7 +506,7 @@ def test_callbacks_find_the_loop_and_a_model_that_shares_the_storage_of_the_vari
     assert seen_loop is loop
     assert isinstance(model, keras.Model)
     assert model.optimizer is optimizer
-    assert params == {"epochs": None, "steps": 2, "verbose": 0}
+    assert params == {"epochs": 1, "steps": 2, "verbose": 1}
     assert [weight.dtype for weight in model.trainable_variables] == ["float32", "float32", "float64"]
     model.set_weights([np.float32(7.0), np.float32([8.0, 9.0]), np.float64([[10.0]])])
     assert (float(scalar), vector.value.numpy().tolist(), wide.numpy().tolist()) == (7.0, [8.0, 9.0], [[10.0]])

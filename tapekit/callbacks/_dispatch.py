@@ -15,6 +15,7 @@ from tapekit._records import row
 from tapekit.callbacks._base import Callback, Hooks
 from tapekit.callbacks._gradient_views import CaptureGradients, GradientStatistics
 from tapekit.callbacks._table import IterationTable
+from tapekit.callbacks._variables_model import check_monitor
 
 KERAS_LOSS = "keras/loss"
 """The name under which a step of a model records what Keras calls its loss, a running mean."""
@@ -89,6 +90,7 @@ class Dispatch:
         self._owners = owners
         self._epoch_length = epoch_length
         self._batches_per_call = batches_per_call
+        self._monitors_checked = False
         self._first = 1
         """The first step of the epoch, if these are not of one length."""
         self._hooks = {hook: list(self._registrations(hook)) for hook in hooks}
@@ -117,9 +119,13 @@ class Dispatch:
                     every *= _needs_every_batch(owner)
                 yield _Registration(call, every, from_epoch, replayable, type(owner) not in _NEVER_STOP)
 
-    def train(self, hook: str, logs: dict[str, Any] | None = None) -> None:
-        """Calls `on_train_begin` or `on_train_end` of everyone, the latter also if one of them raises."""
-        calls = [call for owner in self._owners if (call := overridden(owner, hook))]
+    def train(self, hook: str, logs: dict[str, Any] | None = None, broken_off: bool = False) -> None:
+        """Calls `on_train_begin` or `on_train_end` of everyone, the latter also if one of them raises.
+
+        A backup must outlive a run that was broken off, so that its `on_train_end`, which removes it, is not called.
+        """
+        owners = [o for o in self._owners if not (broken_off and isinstance(o, keras.callbacks.BackupAndRestore))]
+        calls = [call for owner in owners if (call := overridden(owner, hook))]
         if hook == "on_train_begin":
             for call in calls:
                 call(logs or {})
@@ -200,7 +206,10 @@ class Dispatch:
             return
         logs = without_keras_loss(logs) if hook == "on_step" else keras_logs(logs)
         for item in items:
+            if hook == "on_epoch_end" and not self._monitors_checked:
+                check_monitor(getattr(item.call, "__self__", None), logs)
             item.call(position, logs)
+        self._monitors_checked |= hook == "on_epoch_end"
 
 
 def keras_logs(logs: dict[str, Any]) -> dict[str, Any]:
