@@ -25,6 +25,10 @@ _CHANGED_BY_XLA = {
     *("Assert", "CheckNumerics", "CheckNumericsV2"),
     *("RandomUniform", "RandomUniformInt", "RandomStandardNormal", "TruncatedNormal", "RandomShuffle", "Multinomial"),
 }
+# Random ops of layers such as Dropout, which draw other numbers under XLA than in `keras.Model.fit`, and slowly.
+_OTHER_NUMBERS_UNDER_XLA = {
+    f"Stateless{kind}" for kind in ("RandomUniformV2", "RandomUniformIntV2", "RandomNormalV2", "TruncatedNormalV2")
+}
 # Ops that XLA runs up to ten times slower than a graph does where there is no GPU.
 _SLOW_UNDER_XLA_ON_CPU = {
     *("Conv2D", "Conv2DBackpropFilter", "Conv2DBackpropInput", "DepthwiseConv2dNative"),
@@ -215,6 +219,8 @@ class CompiledDriver(Driver):
     """The rows that a chunk has room for; a multiple of the least, since each number is compiled apart."""
     BYTES = 1 << 24
     """The memory that the records of a chunk may take."""
+    WORTH_A_TRIAL = 2e-3
+    """Seconds that a step of a model takes under XLA at least for a graph to be tried beside it."""
 
     def __init__(self, body: StepBody, longest: int, loss: Any, jit_compile: bool | str) -> None:
         super().__init__(body, longest)
@@ -234,9 +240,14 @@ class CompiledDriver(Driver):
             trace = tf.function(self._trace, autograph=False)
             step = trace.get_concrete_function(clock, specs, portion.spec)
             self._programs[key] = _Program(step, 1, self._jit)
-            self._choose(_op_types(step), portion)
+            self._choose(_op_types(step))
+            self._set(self._programs[key], period, portion)
+            if self._programs[key].jit and not self._strict and portion.key and portion.batch:
+                self._try_both(self._programs[key], portion)
+        self._set(self._programs[key], period, portion)
+
+    def _set(self, program: _Program, period: int, portion: Portion) -> None:
         self._period = min(period, self._longest)
-        program = self._programs[key]
         program.jit = self._jit and (self._strict or portion.length != 1)  # a lone batch is not worth a compilation
         program.capacity = self._capacity(program)
 
@@ -250,16 +261,46 @@ class CompiledDriver(Driver):
         state, row, fired = self.body(tree.pack_sequence_as(self.body.initial, leaves), seconds, batch)
         return tree.flatten(state), row, fired
 
-    def _choose(self, types: set[str], portion: Portion) -> None:
+    def _choose(self, types: set[str]) -> None:
         """Leaves XLA where it would be wrong or slow, and long chunks where an error would lose their records."""
         changed = sorted(types & _CHANGED_BY_XLA)
         slow = [] if tf.config.list_logical_devices("GPU") else sorted(types & _SLOW_UNDER_XLA_ON_CPU)
+        random = sorted(types & _OTHER_NUMBERS_UNDER_XLA) if self.body.objective.needs_batch else []
         if types & RAISING:
             self._longest = 1  # so that an error in a later step loses nothing of an earlier one
-        if self._jit and not self._strict and changed:
+        if self._strict or not self._jit:
+            return
+        if changed:
             self._fall_back(f"it would change the meaning of {', '.join(changed)}")
-        elif self._jit and not self._strict and slow:
+        elif slow:
             self._fall_back(f"it is slow at {', '.join(slow)} on a CPU", logging.INFO)
+        elif random:
+            self._fall_back(f"the random numbers of {', '.join(random)} would be others than Keras's", logging.INFO)
+
+    def _try_both(self, program: _Program, portion: Portion) -> None:
+        """Leaves XLA where a step takes longer than in a graph; the variables are put back afterwards."""
+        before = [(variable, tf.identity(variable)) for variable in program.step.variables]
+        seconds = self._seconds(program, portion)
+        if program.jit and seconds > self.WORTH_A_TRIAL:
+            program.jit = False
+            in_graph = self._seconds(program, portion)
+            program.jit = True
+            if in_graph < 0.9 * seconds:
+                self._fall_back(
+                    f"a step took {seconds * 1e3:.1f} ms, and {in_graph * 1e3:.1f} ms in a graph", logging.INFO
+                )
+        for variable, value in before:
+            variable.assign(value)
+        self._pace = Pace()
+
+    def _seconds(self, program: _Program, portion: Portion) -> float:
+        """Returns how long a step takes once it is compiled."""
+        times = []
+        for _ in range(4):
+            started = time.perf_counter()
+            self.advance(self.begin(), 1, 0.0, portion)
+            times.append(time.perf_counter() - started)
+        return min(times[1:])
 
     def _fall_back(self, why: str, level: int = logging.WARNING) -> None:
         self._jit = False
