@@ -132,6 +132,11 @@ class Batches:
         self._adapter.on_epoch_end()  # as Keras does before the first epoch, so that a PyDataset shuffles
 
     @property
+    def on_device(self) -> bool:
+        """Whether the batches are cut inside the graph."""
+        return self._arrays is not None
+
+    @property
     def spec(self) -> Any:
         """The `tf.TypeSpec`s of the first batch."""
         if self._arrays is None:

@@ -13,6 +13,7 @@ import numpy as np
 import tensorflow as tf
 from keras import tree
 from keras.src.backend.tensorflow.trainer import TFEpochIterator
+from keras.src.trainers.data_adapters.array_data_adapter import can_convert_arrays
 from keras.src.trainers.data_adapters.array_slicing import train_validation_split
 
 from tapekit._data import Batches
@@ -22,7 +23,7 @@ from tapekit._model import ModelObjective
 from tapekit._result import OptimizationResult, StopReason
 from tapekit._run import Run
 from tapekit.callbacks import Callback
-from tapekit.callbacks._dispatch import Dispatch, keras_logs
+from tapekit.callbacks._dispatch import Dispatch, keras_logs, overridden
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +95,8 @@ class FitArguments:
         if held_out is None:
             return batches, None
         batch_size = self.validation_batch_size or self.batch_size
-        return batches, Validation(model, held_out, batch_size, self.validation_steps, self.validation_freq)
+        freq, steps = self.validation_freq, self.validation_steps
+        return batches, Validation(model, held_out, batch_size, steps, freq, self.device_bytes)
 
 
 def keras_defaults(callbacks: Sequence[Any], verbose: Any) -> list[Any]:
@@ -122,22 +124,66 @@ class Validation:
         batch_size: samples a batch.
         steps: how many batches, or `None` for all.
         freq: after how many epochs, or a list of epochs, which count from 1.
+        device_bytes: arrays of at most so many bytes in all are put on the device once.
     """
 
-    def __init__(self, model: Any, data: Any, batch_size: int | None, steps: int | None, freq: Any) -> None:
+    AT_ONCE = 256
+    """The largest number of batches between two looks of the host."""
+
+    def __init__(
+        self, model: Any, data: Any, batch_size: int | None, steps: int | None, freq: Any, device_bytes: int
+    ) -> None:
         self._model = model
         self._freq = freq
         self._steps = steps
         self._batch_size = batch_size
         self._data = keras.utils.unpack_x_y_sample_weight(data)
+        # Only arrays, since whoever looks at a generator takes a batch from it.
+        self._batches: Batches | None = None
+        if can_convert_arrays(self._data):
+            batches = Batches(*self._data, batch_size, steps, device_bytes=device_bytes)
+            self._batches = batches if batches.on_device else None
         self._iterator: Any = None
 
     def due(self, epoch: int) -> bool:
         """Returns whether an evaluation follows an epoch, from 0."""
         return (epoch + 1) in self._freq if isinstance(self._freq, list) else (epoch + 1) % self._freq == 0
 
-    def logs(self, callbacks: Any) -> dict[str, Any]:
-        """Evaluates, and returns the logs under Keras's names."""
+    def logs(self, callbacks: Any, functions: dict[Any, Any]) -> dict[str, Any]:
+        """Evaluates, and returns the logs under Keras's names.
+
+        Args:
+            callbacks: those of the fit.
+            functions: where compiled functions are kept from one fit to the next.
+        """
+        watched = any(_watches_batches(callback) for callback in callbacks.callbacks)
+        if self._batches is None or watched or self._model.run_eagerly:
+            logs = self._by_keras(callbacks)
+        else:
+            logs = self._on_device(self._batches, callbacks, functions)
+        return {f"val_{name}": value for name, value in logs.items()}
+
+    def _on_device(self, batches: Batches, callbacks: Any, functions: dict[Any, Any]) -> dict[str, Any]:
+        """Does what `evaluate` of Keras does, with the batches cut inside the graph."""
+        model = self._model
+        callbacks.on_test_begin()
+        model.reset_metrics()
+        batches.begin_epoch()
+        logs: dict[str, Any] = {}
+        while portion := batches.portion():
+            assert portion.length
+            assert portion.batch
+            key = portion.key, tuple(leaf.shape for leaf in tree.flatten(portion.feed) if leaf is not None)
+            if key not in functions:
+                functions[key] = tf.function(functools.partial(_test, model, portion.batch), autograph=False)
+            count = min(portion.length, self.AT_ONCE)
+            logs = functions[key](tf.constant(count), portion.feed)
+            batches.advance(count, False)
+        logs = _numbers(model._get_metrics_result_or_logs(logs))
+        callbacks.on_test_end(logs)
+        return logs
+
+    def _by_keras(self, callbacks: Any) -> dict[str, Any]:
         x, y, sample_weight = self._data
         model = self._model
         if self._iterator is None:
@@ -153,10 +199,29 @@ class Validation:
             )
         model._eval_epoch_iterator = self._iterator  # where `evaluate` looks for it when `fit` of Keras calls it
         try:
-            logs = model.evaluate(callbacks=callbacks, return_dict=True, _use_cached_eval_dataset=True)
+            return model.evaluate(callbacks=callbacks, return_dict=True, _use_cached_eval_dataset=True)
         finally:
             del model._eval_epoch_iterator
-        return {f"val_{name}": value for name, value in logs.items()}
+
+
+def _watches_batches(callback: Any) -> bool:
+    """Returns whether a callback sees the batches of evaluations; the progress bar of a fit does not show them."""
+    hooks = ("on_test_batch_begin", "on_test_batch_end")
+    return not isinstance(callback, keras.callbacks.ProgbarLogger) and any(overridden(callback, hook) for hook in hooks)
+
+
+def _test(model: Any, batch_of: Callable[[Any, Any], Any], count: Any, feed: Any) -> Any:
+    """Evaluates a model on the first `count` batches; returns the logs of the last."""
+
+    def proceed(done: Any) -> Any:
+        return done < count - 1
+
+    def test(done: Any) -> Any:
+        model.test_step(batch_of(feed, done))
+        return (done + 1,)
+
+    tf.while_loop(proceed, test, (tf.constant(0),), parallel_iterations=1)
+    return model.test_step(batch_of(feed, count - 1))
 
 
 class FitRun(Run):
@@ -249,7 +314,7 @@ class FitRun(Run):
         last = keras_logs(self.logs)
         logs = dict(self._model._get_metrics_result_or_logs({name: last.get(name) for name in self._objective.names}))
         if self._validation and self._validation.due(self._epoch):
-            logs |= self._validation.logs(self._callback_list)
+            logs |= self._validation.logs(self._callback_list, self._objective.tests)
         self._epoch_logs = _numbers(logs)
         for name, value in self._epoch_logs.items():
             self._epoch_history.setdefault(name, []).append(value)
