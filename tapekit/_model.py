@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import keras
@@ -62,7 +63,8 @@ def compile_model(model: Any, optimizer: Any, loss: Any, metrics: Any) -> None:
             f" received {describe(metrics)}."
         )
     if not model.compiled:
-        model.compile(optimizer=optimizer, loss=loss, metrics=metrics)
+        of_keras = isinstance(optimizer, keras.optimizers.Optimizer)  # which is all that compile takes
+        model.compile(optimizer=optimizer if of_keras else None, loss=loss, metrics=metrics)
 
 
 def needs_scaling(model: Any, optimizer: Any) -> bool:
@@ -85,8 +87,7 @@ def jit_compile_for(model: Any, jit_compile: bool | str) -> bool | str:
 
 def build_model(model: Any, optimizer: Any, spec: Any, eager: bool) -> None:
     """Makes the variables of a model and its metrics that are made at the first batch, outside of the compiled step."""
-    metrics = model._compile_metrics
-    if _is_built(model) and (eager or metrics is None or metrics.built):
+    if _is_built(model) and (eager or _has_state(model, optimizer)):
         return
     if eager:
         # A train_step of its own may call other layers than the model, or with something else than the inputs.
@@ -114,6 +115,15 @@ def _is_built(model: Any) -> bool:
     return all(layer.built for layer in model._flatten_layers(include_self=_overrides(model, "call")))
 
 
+def _has_state(model: Any, optimizer: Any) -> bool:
+    """Returns whether the variables of metrics, and of optimizers that `train_step` builds itself, have been made."""
+    metrics = model._compile_metrics
+    if metrics is not None and not metrics.built:
+        return False
+    with replaced(model, "optimizer", optimizer):
+        return not has_own_train_step(model) or any(item.built for item in _optimizers(model))
+
+
 def check_step(step: Step, model: Any) -> None:
     """Raises if the strategy and the model's own `train_step` exclude each other."""
     plain = type(step) in (TapeStep, MinimizeStep) and "intermediates" not in step.provides
@@ -126,7 +136,14 @@ def check_step(step: Step, model: Any) -> None:
 
 def step_for(step: Step, objective: ModelObjective) -> Step:
     """Returns the strategy, or the model's own `train_step` if it has one."""
-    return TrainStep(objective) if has_own_train_step(objective.model) else step
+    if has_own_train_step(objective.model):
+        return TrainStep(objective)
+    return step if objective.model.trainable_variables else NoStep()
+
+
+def updater_for(optimizer: Any, model: Any) -> Updater:
+    """Returns what talks to the optimizer."""
+    return TrainStepUpdater(optimizer) if has_own_train_step(model) else Updater(optimizer)
 
 
 class ModelObjective:
@@ -137,6 +154,8 @@ class ModelObjective:
     def __init__(self, model: keras.Model) -> None:
         self.model = model
         self.batch: Any = None
+        self.tests: dict[Any, Any] = {}
+        """The compiled functions of evaluations, kept from one fit to the next."""
         self.names: list[str] = []
         """What Keras finds in the logs of a batch."""
         self._metrics: Any = None
@@ -157,12 +176,12 @@ class ModelObjective:
             loss, _ = self._evaluate()
             for variable, value in zip(trackers, before, strict=True):
                 variable.assign(value)
-            return loss, {}
+            return _scalar(loss), {}
         loss, self._metrics = self._evaluate()
         x = self._metrics[0]
         samples = tf.shape(next(leaf for leaf in tree.flatten(x) if leaf is not None))[0]
         model._loss_tracker.update_state(loss, sample_weight=samples)
-        return loss, {}
+        return _scalar(loss), {}
 
     def _evaluate(self) -> tuple[tf.Tensor, tuple[Any, ...]]:
         model: Any = self.model
@@ -178,7 +197,7 @@ class ModelObjective:
         before = [(variable, tf.identity(tf_variable(variable))) for variable in variables]
         self.bind(batch)
         try:
-            return float(_loss_of_train_step(self) if is_own else self._evaluate()[0])
+            return float(_loss_of_train_step(self) if is_own else _scalar(self._evaluate()[0]))
         finally:
             for variable, value in before:
                 variable.assign(value)
@@ -207,6 +226,12 @@ def _without_optional(leaf: Any) -> Any:
     return None if isinstance(leaf, tf.experimental.Optional) else leaf
 
 
+def _scalar(loss: Any) -> Any:
+    """Returns what is minimized, which is the sum where a loss has several values."""
+    loss = tf.convert_to_tensor(tf_variable(loss))
+    return loss if loss.shape.rank == 0 else tf.reduce_sum(loss)
+
+
 def _flat(logs: dict[str, Any]) -> dict[str, Any]:
     """Returns logs without the dicts inside that some metrics give, as Keras flattens them for its callbacks."""
     flat: dict[str, Any] = {}
@@ -223,6 +248,26 @@ def _optimizers(model: Any) -> list[Any]:
         found |= {id(item): item for item in inside if isinstance(item, keras.optimizers.Optimizer)}
     inner = {id(getattr(optimizer, "inner_optimizer", None)) for optimizer in found.values()}
     return [optimizer for key, optimizer in found.items() if key not in inner]
+
+
+class NoStep(Step):
+    """Evaluates the loss and updates nothing, as Keras does with a model of which nothing is trainable."""
+
+    def take(self, problem: Problem) -> dict[str, Any]:
+        """Evaluates."""
+        warnings.warn("the model does not have any trainable weights.", stacklevel=2)
+        problem.gradients = []
+        return problem.evaluate()
+
+
+class TrainStepUpdater(Updater):
+    """The optimizer of a model whose `train_step` decides for itself what to build it on, and whether to use it."""
+
+    def check(self, variables: Sequence[Any]) -> None:
+        """Lets everything pass."""
+
+    def build(self, variables: Sequence[Any]) -> None:
+        """Leaves that to `train_step`."""
 
 
 class TrainStep(Step):
@@ -256,7 +301,7 @@ class TrainStep(Step):
                     " the on_gradient hooks to see them, received none."
                 )
             problem.gradients = []
-        return {"loss": losses.true(logs)}
+        return {"loss": _scalar(losses.true(logs))}
 
     def _apply(self, problem: Problem, optimizer: Any) -> Callable[..., Any]:
         original = optimizer.apply
@@ -284,7 +329,7 @@ def _loss_of_train_step(objective: ModelObjective) -> Any:
         for optimizer in _optimizers(model):
             stack.enter_context(replaced(optimizer, "apply", lambda *args, **kwargs: None))
         stack.enter_context(losses.watched())
-        return losses.true(model.train_step(objective.batch))
+        return _scalar(losses.true(model.train_step(objective.batch)))
 
 
 class _Losses:
