@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import logging
 import time
-from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,25 +14,12 @@ from keras import tree
 from tapekit._body import State, StepBody
 from tapekit._data import NO_DATA, Portion
 from tapekit._objective import read_variables, used_variables
+from tapekit._packing import Packing, as_numbers, as_tensor, number
 from tapekit._tensors import tf_variable
+from tapekit._xla import against_xla, op_types
 from tapekit.steps import RAISING
 
 logger = logging.getLogger("tapekit")
-
-# Ops that XLA compiles to something else: it drops checks and ignores the seeds of stateful random ops.
-_CHANGED_BY_XLA = {
-    *("Assert", "CheckNumerics", "CheckNumericsV2"),
-    *("RandomUniform", "RandomUniformInt", "RandomStandardNormal", "TruncatedNormal", "RandomShuffle", "Multinomial"),
-}
-# Random ops of layers such as Dropout, which draw other numbers under XLA than in `keras.Model.fit`, and slowly.
-_OTHER_NUMBERS_UNDER_XLA = {
-    f"Stateless{kind}" for kind in ("RandomUniformV2", "RandomUniformIntV2", "RandomNormalV2", "TruncatedNormalV2")
-}
-# Ops that XLA runs up to ten times slower than a graph does where there is no GPU.
-_SLOW_UNDER_XLA_ON_CPU = {
-    *("Conv2D", "Conv2DBackpropFilter", "Conv2DBackpropInput", "DepthwiseConv2dNative"),
-    *("Conv3D", "Conv3DBackpropFilterV2", "Conv3DBackpropInputV2"),
-}
 
 
 class Advance(NamedTuple):
@@ -136,7 +122,7 @@ class EagerDriver(Driver):
 
     def read(self, state: State) -> State:
         """Returns the state as Python numbers and NumPy arrays."""
-        numbers: Any = tree.map_structure(lambda leaf: _number(leaf.numpy()), state)
+        numbers: Any = tree.map_structure(lambda leaf: number(leaf.numpy()), state)
         return numbers
 
     def limit(self) -> int:
@@ -228,7 +214,7 @@ class CompiledDriver(Driver):
         self._strict = jit_compile is True
         self._jit = bool(jit_compile)
         start = _Packed(np.int32(0), np.int32(0), np.float64(np.nan), np.bool_(False), body.initial)
-        self._packing = _Packing(start)
+        self._packing = Packing(start)
         self._programs: dict[Any, _Program] = {}
 
     def prepare(self, period: int, portion: Portion = NO_DATA) -> None:
@@ -240,7 +226,7 @@ class CompiledDriver(Driver):
             trace = tf.function(self._trace, autograph=False)
             step = trace.get_concrete_function(clock, specs, portion.spec)
             self._programs[key] = _Program(step, 1, self._jit)
-            self._choose(_op_types(step))
+            self._choose(op_types(step))
             self._set(self._programs[key], period, portion)
             if self._programs[key].jit and not self._strict and portion.key and portion.batch:
                 self._try_both(self._programs[key], portion)
@@ -263,19 +249,10 @@ class CompiledDriver(Driver):
 
     def _choose(self, types: set[str]) -> None:
         """Leaves XLA where it would be wrong or slow, and long chunks where an error would lose their records."""
-        changed = sorted(types & _CHANGED_BY_XLA)
-        slow = [] if tf.config.list_logical_devices("GPU") else sorted(types & _SLOW_UNDER_XLA_ON_CPU)
-        random = sorted(types & _OTHER_NUMBERS_UNDER_XLA) if self.body.objective.needs_batch else []
         if types & RAISING:
             self._longest = 1  # so that an error in a later step loses nothing of an earlier one
-        if self._strict or not self._jit:
-            return
-        if changed:
-            self._fall_back(f"it would change the meaning of {', '.join(changed)}")
-        elif slow:
-            self._fall_back(f"it is slow at {', '.join(slow)} on a CPU", logging.INFO)
-        elif random:
-            self._fall_back(f"the random numbers of {', '.join(random)} would be others than Keras's", logging.INFO)
+        if self._jit and not self._strict and (reason := against_xla(types, self.body.objective.needs_batch)):
+            self._fall_back(*reason)
 
     def _try_both(self, program: _Program, portion: Portion) -> None:
         """Leaves XLA where a step takes longer than in a graph; the variables are put back afterwards."""
@@ -341,7 +318,7 @@ class CompiledDriver(Driver):
                 )
 
             records = {name: tf.TensorArray(row.dtype, capacity, element_shape=row.shape) for name, row in rows.items()}
-            leaves = tree.flatten(packing.unpack(integers, floats, _tensor).state)
+            leaves = tree.flatten(packing.unpack(integers, floats, as_tensor).state)
             start = (tf.constant(0), tf.constant(0), tf.constant(False), leaves, records)
             end = tf.while_loop(proceed, advance, start, parallel_iterations=1)
             taken, fired, exhausted, leaves, records = end
@@ -366,7 +343,7 @@ class CompiledDriver(Driver):
 
     def read(self, state: tuple[tf.Tensor, tf.Tensor]) -> State:
         """Returns the state as Python numbers and NumPy arrays."""
-        return self._packing.unpack(_array(state[0]), _array(state[1]), _plain).state
+        return self._packing.unpack(_array(state[0]), _array(state[1]), as_numbers).state
 
     def advance(self, state: tuple[tf.Tensor, tf.Tensor], limit: int, seconds: float, portion=NO_DATA) -> Advance:
         """Takes the steps in one call."""
@@ -412,53 +389,6 @@ def _spec(leaf: Any) -> Any:
     return tf.type_spec_from_value(leaf) if not isinstance(leaf, tf.Tensor) else tf.TensorSpec(leaf.shape, leaf.dtype)
 
 
-class _Packing:
-    """Packs scalars and arrays into two vectors, since each input and output of a compiled call costs microseconds."""
-
-    def __init__(self, structure: _Packed) -> None:
-        self.structure = structure
-        self._slots: list[_Slot] = []
-        filled = {True: 0, False: 0}
-        for leaf in tree.flatten(structure):
-            is_float = leaf.dtype.kind == "f"
-            end = filled[is_float] + leaf.size
-            self._slots.append(_Slot(is_float, slice(filled[is_float], end), leaf.shape, leaf.dtype))
-            filled[is_float] = end
-        self.initial = self.pack(tree.flatten(structure))
-
-    def pack(self, leaves: Sequence[Any]) -> tuple[tf.Tensor, tf.Tensor]:
-        """Returns the integers and bools of a flat structure in one vector, and its floats in another."""
-        parts: dict[bool, list[Any]] = {True: [], False: []}
-        for slot, leaf in zip(self._slots, leaves, strict=True):
-            dtype = tf.float64 if slot.is_float else tf.int64
-            parts[slot.is_float].append(tf.reshape(tf.cast(leaf, dtype), [-1]))
-        return tf.concat(parts[False], 0), tf.concat(parts[True], 0)
-
-    def unpack(self, integers: Any, floats: Any, restore: Callable[[Any, _Slot], Any]) -> _Packed:
-        """Returns the structure; `restore` gives each part its shape and dtype again."""
-        leaves = [restore((floats if slot.is_float else integers)[slot.place], slot) for slot in self._slots]
-        return tree.pack_sequence_as(self.structure, leaves)
-
-
-class _Slot(NamedTuple):
-    is_float: bool
-    place: slice
-    shape: tuple[int, ...]
-    dtype: np.dtype
-
-
-def _tensor(part: Any, slot: _Slot) -> Any:
-    return tf.cast(tf.reshape(part, slot.shape), slot.dtype)
-
-
-def _plain(part: Any, slot: _Slot) -> Any:
-    return _number(part.reshape(slot.shape).astype(slot.dtype))
-
-
-def _number(array: Any) -> Any:
-    return array.item() if np.ndim(array) == 0 else array
-
-
 @functools.lru_cache(maxsize=64)
 def _constant(value: float, dtype: tf.DType) -> tf.Tensor:
     return tf.constant(value, dtype)
@@ -469,12 +399,6 @@ def _array(tensor: tf.Tensor) -> np.ndarray:
         buffer: Any = tensor
         return np.asarray(memoryview(buffer))  # shares the memory, which tensor.numpy() would copy
     return tensor.numpy()
-
-
-def _op_types(function: Any) -> set[str]:
-    graph = function.graph.as_graph_def()
-    nodes = [*graph.node, *(node for body in graph.library.function for node in body.node_def)]
-    return {node.op for node in nodes}
 
 
 def make_driver(body: StepBody, eager: bool, jit_compile: bool | str, longest: int) -> Driver:

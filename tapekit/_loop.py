@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
-import itertools
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -15,6 +13,7 @@ import tensorflow as tf
 from tapekit import callbacks as _callbacks
 from tapekit import steps as _steps
 from tapekit import stopping as _stopping
+from tapekit._arguments import callback_list, check_count, check_measures, identity
 from tapekit._body import StepBody
 from tapekit._config import Configurable
 from tapekit._describe import check_integer, check_real, describe
@@ -30,7 +29,7 @@ from tapekit._model import (
     needs_scaling,
     step_for,
 )
-from tapekit._objective import RESERVED, Objective, check_variables, required_arguments
+from tapekit._objective import Objective, check_variables, required_arguments
 from tapekit._optimizers import Updater
 from tapekit._result import OptimizationResult, StopReason
 from tapekit._run import Run
@@ -41,7 +40,6 @@ from tapekit.callbacks._variables_model import check_callbacks
 
 _REMEMBERED_PROGRAMS = 8
 _RUNNING = "this loop is running already; make another OptimizationLoop for a run inside a run."
-_MOST_CRITERIA = 31  # a bit each of a 32-bit integer
 
 
 class OptimizationLoop(Hooks, Configurable):
@@ -104,10 +102,10 @@ class OptimizationLoop(Hooks, Configurable):
         self._scaled: Any = None
         self.step = _steps.get(step)
         self.stopping = None if stopping is None else _stopping.get(stopping)
-        self.callbacks = _callback_list(callbacks)
+        self.callbacks = callback_list(callbacks)
         self.tolerance = None if tolerance is None else check_real(tolerance, "tolerance", 0)
         self.max_iterations = None if max_iterations is None else check_integer(max_iterations, "max_iterations", 1)
-        self.measures = _check_measures(measures)
+        self.measures = check_measures(measures)
         if not isinstance(run_eagerly, bool):
             raise TypeError(f"`run_eagerly` must be True or False, received {describe(run_eagerly)}.")
         self.run_eagerly = run_eagerly
@@ -423,7 +421,7 @@ class OptimizationLoop(Hooks, Configurable):
             raise ValueError("`optimizer` must be given to the loop for a function to be minimized, received None.")
         objective = Objective(loss)
         given = None if variables is None else check_variables(variables)
-        extra = _callback_list(callbacks)
+        extra = callback_list(callbacks)
         self._check_step_provides(extra)
         owners = [*self.callbacks, *extra]
         check_callbacks(owners, self.optimizer)
@@ -435,7 +433,7 @@ class OptimizationLoop(Hooks, Configurable):
         names = None if given is None else tuple(id(variable) for variable in given)
         driver = self._program(
             (objective.function, given),
-            (_identity(objective.function), names, allow_unused),
+            (identity(objective.function), names, allow_unused),
             dispatch,
             self._criteria_of(owners),
             lambda: (objective, self._updater, given or [], self.step, allow_unused),
@@ -452,13 +450,13 @@ class OptimizationLoop(Hooks, Configurable):
     def _criteria_of(self, callbacks: list[Any]) -> list[_stopping.Criterion]:
         """Returns the criteria of a run: those of the loop, and of `StopWhen` among its callbacks."""
         more = [callback.criterion for callback in callbacks if isinstance(callback, _callbacks.StopWhen)]
-        return _check_count([*self._criteria, *more])
+        return check_count([*self._criteria, *more])
 
     def _prepare_fit(self, model: Any, callbacks: Any, arguments: FitArguments, loss: Any, metrics: Any) -> FitRun:
         self._check_can_run()
         check_model(model, loss, self.optimizer)
         check_step(self.step, model)
-        extra = _callback_list(callbacks)
+        extra = callback_list(callbacks)
         self._check_step_provides(extra)
         owners = [*self.callbacks, *extra]
         criteria = self._criteria_of(owners)
@@ -507,7 +505,7 @@ class OptimizationLoop(Hooks, Configurable):
             jit: whether to compile by XLA.
         """
         functions = (*self.measures.values(), *dispatch.gradient_hooks)
-        key = (*key, eager, jit, *map(id, criteria), *(_identity(function) for function in functions))
+        key = (*key, eager, jit, *map(id, criteria), *(identity(function) for function in functions))
         if key not in self._programs:
             objective, updater, variables, step, allow_unused = parts()
             hooks = dispatch.gradient_hooks
@@ -533,7 +531,7 @@ class OptimizationLoop(Hooks, Configurable):
             criteria.append(_stopping.LossChangeBelow(self.tolerance))
         if self.max_iterations is not None:
             criteria.append(_stopping.MaxIterations(self.max_iterations))
-        return _check_count(criteria)
+        return check_count(criteria)
 
     def _check_step_provides(self, callbacks: list[Any]) -> None:
         parts = [part for criterion in self._criteria_of(callbacks) for part in criterion.parts()]
@@ -549,40 +547,3 @@ class OptimizationLoop(Hooks, Configurable):
                     f"`step` must provide {what} for {', '.join(wanting)}, received {type(self.step).__name__}, which"
                     f" does not{hint}."
                 )
-
-
-def _check_count(criteria: list[_stopping.Criterion]) -> list[_stopping.Criterion]:
-    if len(criteria) > _MOST_CRITERIA:
-        raise ValueError(f"`stopping` must hold at most {_MOST_CRITERIA - 3} criteria, received {len(criteria)}.")
-    return criteria
-
-
-def _identity(function: Callable[..., Any]) -> tuple[int, int]:
-    return id(getattr(function, "__self__", None)), id(getattr(function, "__func__", function))
-
-
-def _callback_list(callbacks: Any) -> list[Any]:
-    if callbacks is None:
-        return []
-    items = callbacks if isinstance(callbacks, (list, tuple)) else [callbacks]
-    lists = [item.callbacks if isinstance(item, keras.callbacks.CallbackList) else [item] for item in items]
-    return [_callbacks.get(item) for item in itertools.chain.from_iterable(lists)]
-
-
-def _check_measures(measures: Any) -> dict[str, Callable[..., Any]]:
-    right = "`measures` must be a dict of functions of no arguments, or of the gradients"
-    if measures is None:
-        return {}
-    if not isinstance(measures, Mapping):
-        raise TypeError(f"{right}, received {describe(measures)}.")
-    for name, function in measures.items():
-        if not isinstance(name, str) or not callable(function):
-            raise TypeError(f"{right}, received {describe(function)} under {name!r}.")
-        parameters = inspect.signature(function).parameters.values()
-        if any(item.kind is item.KEYWORD_ONLY and item.default is item.empty for item in parameters):
-            raise TypeError(f"{right}, received under {name!r} one of {inspect.signature(function)}.")
-        if name in RESERVED:
-            raise ValueError(f"`measures` must not use the name {name!r}, which the logs have already.")
-        if len(set(required_arguments(function)) - {"intermediates"}) > 1:
-            raise TypeError(f"{right}, received under {name!r} one of {inspect.signature(function)}.")
-    return dict(measures)

@@ -9,11 +9,11 @@ import tapekit
 
 PACKAGE = pathlib.Path(tapekit.__file__).parent
 LAYERS = [
-    {"_describe", "_tensors", "_config", "_records", "_result", "_version"},
+    {"_describe", "_tensors", "_config", "_packing", "_records", "_result", "_version", "_xla"},
     {"_explain"},
     {"stopping"},
     {"callbacks", "_tape"},
-    {"_objective", "_optimizers", "steps", "_data", "_model"},
+    {"_objective", "_optimizers", "steps", "_data", "_model", "_arguments"},
     {"_body"},
     {"_drivers"},
     {"_run", "_fit", "_loop", "_session"},

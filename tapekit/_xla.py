@@ -1,0 +1,49 @@
+"""What XLA computes otherwise than a graph does, or slowly."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Set
+from typing import Any
+
+import tensorflow as tf
+
+# Ops that XLA compiles to something else: it drops checks and ignores the seeds of stateful random ops.
+_CHANGED_BY_XLA = {
+    *("Assert", "CheckNumerics", "CheckNumericsV2"),
+    *("RandomUniform", "RandomUniformInt", "RandomStandardNormal", "TruncatedNormal", "RandomShuffle", "Multinomial"),
+}
+# Random ops of layers such as Dropout, which draw other numbers under XLA than in `keras.Model.fit`, and slowly.
+_OTHER_NUMBERS_UNDER_XLA = {
+    f"Stateless{kind}" for kind in ("RandomUniformV2", "RandomUniformIntV2", "RandomNormalV2", "TruncatedNormalV2")
+}
+# Ops that XLA runs up to ten times slower than a graph does where there is no GPU.
+_SLOW_UNDER_XLA_ON_CPU = {
+    *("Conv2D", "Conv2DBackpropFilter", "Conv2DBackpropInput", "DepthwiseConv2dNative"),
+    *("Conv3D", "Conv3DBackpropFilterV2", "Conv3DBackpropInputV2"),
+}
+
+
+def op_types(function: Any) -> set[str]:
+    """Returns the types of all ops of a traced function, the functions that it calls included."""
+    graph = function.graph.as_graph_def()
+    nodes = [*graph.node, *(node for body in graph.library.function for node in body.node_def)]
+    return {node.op for node in nodes}
+
+
+def against_xla(types: Set[str], of_a_model: bool) -> tuple[str, int] | None:
+    """Returns why a step with these types of ops is better run as a graph, and how loudly to say so.
+
+    Args:
+        types: the types of ops.
+        of_a_model: whether the numbers must be those of `keras.Model.fit`.
+    """
+    if changed := sorted(types & _CHANGED_BY_XLA):
+        return f"it would change the meaning of {', '.join(changed)}", logging.WARNING
+    slow = sorted(types & _SLOW_UNDER_XLA_ON_CPU)
+    if slow and not tf.config.list_logical_devices("GPU"):
+        return f"it is slow at {', '.join(slow)} on a CPU", logging.INFO
+    random = sorted(types & _OTHER_NUMBERS_UNDER_XLA)
+    if random and of_a_model:
+        return f"the random numbers of {', '.join(random)} would be others than Keras's", logging.INFO
+    return None
