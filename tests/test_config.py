@@ -128,6 +128,10 @@ OBJECTS = {
     "GradientStatistics": (callbacks.GradientStatistics(every=3), callbacks.GradientStatistics(every=4)),
     "CaptureGradients": (callbacks.CaptureGradients(every=3), callbacks.GradientStatistics(every=3)),
     "CheckGradients": (callbacks.CheckGradients(2, entries=None), callbacks.CheckGradients(2)),
+    "StopWhen": (
+        callbacks.StopWhen(tk.stopping.LossBelow(0.5) | tk.stopping.WallTime(60)),
+        callbacks.StopWhen(tk.stopping.LossBelow(0.25)),
+    ),
     "TapeStep": (tk.TapeStep(), tk.MinimizeStep()),
     "MinimizeStep": (tk.MinimizeStep(), tk.TapeStep()),
     "a user's step": (Shrunk(0.25), Shrunk(0.5)),
