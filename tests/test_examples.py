@@ -53,6 +53,18 @@ PRINTED = {
         ),
         (r"^the losses of SAM agree at every step between the drivers to (?:\de-1[3-9]|0e\+00)$", ()),
     ],
+    "drop_in_fit": [
+        (
+            r"^  \{'run_eagerly': False\}: (?:0|\de-(?:0[6-9]|[1-9]\d)) in the weights,"
+            r" (?:0|\de-(?:0[6-9]|[1-9]\d)) in loss, mae, val_loss, val_mae$",
+            (),
+        ),
+        (r"^  \{'run_eagerly': True\}: 0 in the weights, 0 in loss, mae, val_loss, val_mae$", ()),
+        (r"^LossBelow: the loss [01]\.\d+ at step \d+ is at most 2, for 3 consecutive steps$", ()),
+        (r"^that is \d+ epochs of 94 steps and \d+ steps more$", ()),
+        (r"^\d+ of \d+ gradients were clipped, the longest from (\S+)$", (161.6,)),
+        (r"^Model.fit takes \d+\.\d times as long as loop.fit$", ()),
+    ],
     "gradient_hooks": [
         (r"^plain: NonFinite: the loss is inf at step 3$", ()),
         (r"^ +step +loss +\|d growth\| +\|d inflow\|$", ()),
@@ -66,6 +78,28 @@ PRINTED = {
             r" differences give (\S+) and \S+ of difference is allowed; 1 of 2 checked entries are wrong\.$",
             (4.83625e7, 3.90347e7),
         ),
+    ],
+    "keras_callbacks": [
+        (r"^ +epochs +rate +at most +at last +best loss +slope +intercept +same in file$", ()),
+        (
+            r"^Model.fit +61 +(\S+) +(\S+) +(\S+) +(\S+) +(\S+) +(\S+) +True\n"
+            r"loop.fit +61 +\1 +\2 +\3 +\4 +\5 +\6 +True\n"
+            r"loop.minimize +61 +\1 +\2 +\3 +\4 +\5 +\6 +True$",
+            (0.05, 0.4, 0.01, 2.07534, 2.037, 1.064),
+        ),
+        (r"^step +50 +100 +150 +200$", ()),
+        (r"^\|d kernel\| +(\S+) .*$", (0.7622,)),
+        (r"^\|d bias\| +(\S+) .*$", (1.5917,)),
+        (r"^GradientNormBelow: the gradient norm 0\.0009\d+ \(ord=2\) at step 22\d is at most (\S+)$", (0.001,)),
+        (r"^slope (\S+), intercept (\S+); by numpy.polyfit (\S+) and (\S+)$", (1.653, 3.056, 1.654, 3.055)),
+    ],
+    "train_digits": [
+        (r"^epoch +loss +accuracy +val_loss +val_accuracy$", ()),
+        (r"^ +1 +(\S+) +\S+ +(\S+) +\S+$", (1.7792, 0.8633)),
+        (r"^ +1\d +0\.0[345]\d\d +0\.[98]\d{3} +0\.\d+ +0\.9[4-9]\d\d$", ()),
+        (r"^LossBelow: the loss 0\.0[0-4]\d+ at step \d+ is at most (\S+), for 10 consecutive steps$", (0.05,)),
+        (r"^of the last epoch that is step \d+ of 34$", ()),
+        (r"^on the 597 others: loss 0\.\d+, accuracy 9[6-9]\.\d %$", ()),
     ],
     "grad_cam": [
         (r"^loss 0\.\d+; (?:8[5-9]|9\d)\.\d % of 1000 unseen digits are found$", ()),
