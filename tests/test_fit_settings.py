@@ -1,0 +1,1058 @@
+"""What a model was compiled with, and models that make their own steps, in `loop.fit`."""
+
+from __future__ import annotations
+
+import functools
+import logging
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+import tf_keras
+from keras import layers, ops
+
+import tapekit as tk
+from tapekit import stopping
+
+DRIVERS = {"eager": {"run_eagerly": True}, "graph": {"jit_compile": False}, "xla": {"jit_compile": True}}
+SETTINGS = {"batch_size": 4, "epochs": 2, "shuffle": False, "verbose": 0}
+
+
+@pytest.fixture(params=["eager", "graph"])
+def driver(request):
+    return DRIVERS[request.param]
+
+
+@pytest.fixture(params=DRIVERS)
+def every_driver(request):
+    return DRIVERS[request.param]
+
+
+def data():
+    random = np.random.default_rng(0)
+    x = random.normal(size=(16, 3)).astype("float32")
+    return x, (x @ np.array([[1.0], [-2.0], [0.5]]) + 0.3).astype("float32")
+
+
+def functional(cls=keras.Model, inside=(), **last):
+    inputs = keras.Input((3,))
+    outputs = inputs
+    for layer in inside:
+        outputs = layer(outputs)
+    return cls(inputs, layers.Dense(1, name="last", **last)(outputs))
+
+
+def compiled(model, optimizer="sgd", loss="mse", **more):
+    model.compile(optimizer, loss, **more)
+    return model
+
+
+def optimizers(model):
+    return [value for value in vars(model).values() if isinstance(value, keras.optimizers.Optimizer)]
+
+
+def everything(model):
+    """The values of all variables, those of the optimizers that have been used included."""
+    used = [optimizer for optimizer in optimizers(model) if int(optimizer.iterations)]
+    slots = [variable for optimizer in used for variable in optimizer.variables]
+    return [variable.numpy() for variable in (*model.variables, *slots)]
+
+
+@functools.lru_cache
+def by_fit(make):
+    """Returns the values of all variables after `fit`, which runs eagerly, and its history."""
+    keras.utils.set_random_seed(0)
+    model = make()
+    model.run_eagerly = True
+    history = model.fit(*_data_for(model), **SETTINGS).history
+    return everything(model), history
+
+
+def by_loop(make, callbacks=None, data=None, **loop):
+    keras.utils.set_random_seed(0)
+    model = make()
+    x, y = data or _data_for(model)
+    return model, tk.OptimizationLoop(**loop).fit(model, x, y, callbacks=callbacks, **SETTINGS)
+
+
+def _data_for(model):
+    x, y = data()
+    several = len(getattr(model, "output_names", None) or []) > 1
+    return (x, {"a": y, "b": -y}) if several else (x, y)
+
+
+def assert_near(ours, theirs, rtol=2e-5):
+    assert len(ours) == len(theirs)
+    for one, other in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(one, other, rtol=rtol, atol=rtol / 10)
+
+
+def assert_equal(ours, theirs):
+    assert len(ours) == len(theirs)
+    for one, other in zip(ours, theirs, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def assert_as_in_fit(make, driver, rtol=2e-5):
+    """Eager runs agree bit for bit; compiled ones to rounding."""
+    theirs, history = by_fit(make)
+    model, result = by_loop(make, **driver)
+    compare = assert_equal if driver is DRIVERS["eager"] else functools.partial(assert_near, rtol=rtol)
+    compare(everything(model), theirs)
+    assert result.epoch_history.keys() == history.keys()
+    for name, values in history.items():
+        compare(result.epoch_history[name], values)
+    return model, result
+
+
+# What Keras does beside the gradient.
+
+
+class Penalty(layers.Layer):
+    """Adds a loss of its own on a weight of its own."""
+
+    def build(self, shape):
+        self.scale = self.add_weight(shape=(), initializer="ones")
+
+    def call(self, inputs):
+        self.add_loss(0.1 * ops.square(self.scale - 3.0))
+        return self.scale * inputs
+
+
+class OwnTracker(keras.Model):
+    """The example at `compute_loss` in the documentation of Keras."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.loss_tracker = keras.metrics.Mean(name="loss")
+
+    def compute_loss(self, x, y, y_pred, sample_weight, training=True):
+        loss = ops.mean((y_pred - y) ** 2)
+        loss += ops.sum(self.losses)
+        self.loss_tracker.update_state(loss)
+        return loss
+
+    def reset_metrics(self):
+        self.loss_tracker.reset_state()
+
+    @property
+    def metrics(self):
+        return [self.loss_tracker]
+
+
+class OldSignature(keras.Model):
+    """A `compute_loss` from before it had `training`, that adds to the compiled one."""
+
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None):
+        return 2.0 * super().compute_loss(x, y, y_pred, sample_weight)
+
+
+class SeveralValues(keras.Model):
+    """A loss for each sample, of which TensorFlow minimizes the sum."""
+
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+        return ops.mean((y - y_pred) ** 2, axis=-1) / 4.0
+
+
+class OwnMetrics(keras.Model):
+    """A `compute_metrics` of its own."""
+
+    def compute_metrics(self, x, y, y_pred, sample_weight=None):
+        return {**super().compute_metrics(x, y, y_pred, sample_weight), "largest": ops.max(y_pred)}
+
+
+SGD, Adam = keras.optimizers.SGD, keras.optimizers.Adam
+AS_IN_FIT = {
+    "losses in lists": lambda: compiled(functional(), loss=["mae"], loss_weights=[0.5], metrics=[["mse"]]),
+    "added loss": lambda: compiled(functional(inside=[Penalty()])),
+    "regularizer": lambda: compiled(functional(inside=[layers.Dense(4, "tanh", kernel_regularizer="l2")])),
+    "state": lambda: compiled(functional(inside=[layers.BatchNormalization(), layers.Dense(8), layers.Dropout(0.4)])),
+    "constraint": lambda: compiled(functional(kernel_constraint=keras.constraints.MaxNorm(0.3))),
+    "average at the end": lambda: compiled(functional(), Adam(0.1, use_ema=True, ema_momentum=0.8)),
+    "average": lambda: compiled(functional(), SGD(0.1, use_ema=True, ema_momentum=0.8, ema_overwrite_frequency=3)),
+    "accumulation": lambda: compiled(functional(), Adam(0.1, gradient_accumulation_steps=3)),
+    "accumulation and average": lambda: compiled(
+        functional(), SGD(0.1, gradient_accumulation_steps=2, use_ema=True, ema_overwrite_frequency=2)
+    ),
+    "schedule": lambda: compiled(functional(), SGD(keras.optimizers.schedules.ExponentialDecay(0.1, 3, 0.5))),
+    "compute_loss": lambda: compiled(functional(OwnTracker), loss=None),
+    "compute_loss of before": lambda: compiled(functional(OldSignature), metrics=["mae"]),
+    "loss of several values": lambda: compiled(functional(SeveralValues), loss=None),
+    "compute_metrics": lambda: compiled(functional(OwnMetrics), metrics=["mae"]),
+}
+COMPILED = ["average at the end", "accumulation and average", "compute_loss", "compute_metrics", "added loss"]
+
+
+@pytest.mark.parametrize("name", AS_IN_FIT)
+def test_an_eager_run_gives_the_bits_of_fit(name):
+    assert_as_in_fit(AS_IN_FIT[name], DRIVERS["eager"])
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_a_compiled_run_gives_the_numbers_of_fit(name):
+    assert_as_in_fit(AS_IN_FIT[name], DRIVERS["graph"])
+
+
+def test_accumulation_and_averages_run_under_xla():
+    assert_as_in_fit(AS_IN_FIT["accumulation and average"], DRIVERS["xla"])
+
+
+def test_losses_weights_and_metrics_of_several_outputs_are_those_of_fit():
+    def make():
+        inputs = keras.Input((3,))
+        outputs = {name: layers.Dense(1, name=name)(inputs) for name in ("a", "b")}
+        return compiled(
+            keras.Model(inputs, outputs),
+            loss={"a": "mse", "b": "mae"},
+            loss_weights={"a": 0.3, "b": 2.0},
+            metrics={"a": ["mae"], "b": ["mse"]},
+        )
+
+    _, result = assert_as_in_fit(make, DRIVERS["graph"])
+    np.testing.assert_allclose(
+        result.epoch_history["loss"],
+        0.3 * result.epoch_history["a_loss"] + 2.0 * result.epoch_history["b_loss"],
+        rtol=1e-6,
+    )
+
+
+@pytest.mark.parametrize("driver", ["graph"], indirect=True)
+def test_a_loss_that_layers_add_is_enough(driver):
+    def make():
+        return compiled(functional(inside=[Penalty()], trainable=False), SGD(0.5), loss=None)
+
+    model, result = assert_as_in_fit(make, driver)
+    scale = 1.0
+    for expected in result.history["loss"]:
+        assert expected == pytest.approx(0.1 * (scale - 3.0) ** 2, rel=1e-5)
+        scale -= 0.5 * 0.2 * (scale - 3.0)
+    assert float(model.trainable_variables[0]) == pytest.approx(scale, rel=1e-5)
+
+
+# Mixed precision.
+
+
+@pytest.fixture
+def mixed_float16():
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy("mixed_float16")
+    yield
+    keras.config.set_dtype_policy(before)
+
+
+def _overflowing(**more):
+    """The scale is 2^18 at first, too much for float16 until it has been halved a few times."""
+    scaled = keras.optimizers.LossScaleOptimizer(SGD(0.01), initial_scale=2.0**18, dynamic_growth_steps=5)
+    return compiled(functional(), scaled, **more)
+
+
+@pytest.mark.usefixtures("mixed_float16")
+def test_mixed_precision_is_that_of_fit_with_true_losses_and_skipped_steps_in_sight(every_driver):
+    model, result = assert_as_in_fit(_overflowing, every_driver, rtol=2e-2)
+    assert isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer)
+    skipped = result.history["skipped"]
+    assert skipped.dtype == bool
+    assert skipped[0]
+    assert not skipped[-1]
+    assert int(model.optimizer.inner_optimizer.iterations) == np.sum(~skipped)
+    assert (result.steps, result.reason) == (8, tk.StopReason.LIMIT)
+    means = result.history["loss"].reshape(2, 4).mean(axis=1)
+    np.testing.assert_allclose(result.epoch_history["loss"], means, rtol=1e-3)
+    assert result.history["loss"].max() < 100.0
+
+
+@pytest.mark.usefixtures("mixed_float16")
+@pytest.mark.parametrize("step", ["tape", "minimize"])
+@pytest.mark.parametrize("own", [False, True])
+def test_hooks_get_unscaled_gradients_under_mixed_precision(step, own):
+    def make():
+        return compiled(functional(), keras.optimizers.Adagrad(0.1) if own else SGD(0.01))
+
+    capture = tk.callbacks.CaptureGradients()
+    optimizer = SGD(0.01) if own else None
+    x, y = (0.3 * array for array in data())  # so small that the gradients do not overflow
+    model, result = by_loop(make, [capture], (x, y), run_eagerly=True, step=step, optimizer=optimizer)
+    assert not result.history["skipped"].any()
+    moved = np.sum(capture.gradients[next(iter(capture.gradients))], axis=0)
+    keras.utils.set_random_seed(0)
+    np.testing.assert_allclose(make().weights[0].numpy() - 0.01 * moved, model.weights[0].numpy(), atol=1e-6)
+
+
+@pytest.mark.usefixtures("mixed_float16")
+def test_a_train_step_that_scales_its_loss_shows_hooks_unscaled_gradients_and_the_true_loss():
+    x, y = (0.3 * array for array in data())
+    capture = tk.callbacks.CaptureGradients()
+    make = lambda cls: lambda: compiled(functional(cls), SGD(0.01))  # noqa: E731
+    _, result = by_loop(make(WithScaling), [capture], (x, y), run_eagerly=True)
+    plain = tk.callbacks.CaptureGradients()
+    _, expected = by_loop(make(keras.Model), [plain], (x, y), run_eagerly=True)
+    assert_equal(capture.gradients.values(), plain.gradients.values())
+    for name in ("loss", "skipped"):
+        np.testing.assert_array_equal(result.history[name], expected.history[name])
+
+
+@pytest.mark.usefixtures("mixed_float16")
+def test_scaling_that_was_switched_off_stays_off():
+    model = compiled(functional(), SGD(0.01), auto_scale_loss=False)
+    result = tk.OptimizationLoop(SGD(0.01), run_eagerly=True).fit(model, *data(), **SETTINGS)
+    assert "skipped" not in result.history
+
+
+# The settings of the model, and those of the loop that win.
+
+
+class Counting(layers.Layer):
+    """Counts how often Python runs it."""
+
+    calls = 0
+
+    def call(self, inputs):
+        type(self).calls += 1
+        return 1.0 * inputs
+
+
+@pytest.mark.parametrize(("of_model", "of_loop", "eager"), [(True, {}, True), (False, {"run_eagerly": True}, True)])
+def test_run_eagerly_of_the_model_or_the_loop_runs_python_at_every_step(of_model, of_loop, eager):
+    model = compiled(functional(inside=[Counting()]), run_eagerly=of_model)
+    Counting.calls = 0
+    tk.OptimizationLoop(**of_loop).fit(model, *data(), **SETTINGS)
+    assert Counting.calls == 8
+
+
+class Untranslatable(layers.Layer):
+    """Something that XLA cannot compile, and a step must not be compiled without."""
+
+    def call(self, inputs):
+        tf.strings.as_string(inputs)
+        text = tf.strings.as_string(inputs)
+        return inputs + 0.0 * tf.stop_gradient(tf.strings.to_number(text))
+
+
+def _runs(of_model, of_loop):
+    model = compiled(functional(inside=[Untranslatable()]), jit_compile=of_model)
+    return tk.OptimizationLoop(**of_loop).fit(model, *data(), **SETTINGS).steps
+
+
+def test_jit_compile_of_the_model_is_honoured_unless_the_loop_was_given_its_own(caplog):
+    with pytest.raises(ValueError, match=r"^`jit_compile` must be False or 'auto' here, received True: XLA cannot"):
+        _runs(True, {})
+    with pytest.raises(ValueError, match=r"^`jit_compile` must be False"):
+        _runs(False, {"jit_compile": True})
+    assert _runs(True, {"jit_compile": False}) == 8
+    with caplog.at_level(logging.WARNING, "tapekit"):
+        assert _runs("auto", {}) == 8
+    assert "without XLA" in caplog.text
+
+
+def test_a_model_that_does_not_support_xla_runs_as_a_graph(caplog):
+    layer = Untranslatable()
+    layer.supports_jit = False
+    model = compiled(functional(inside=[layer]))
+    with caplog.at_level(logging.INFO, "tapekit"):
+        assert tk.OptimizationLoop().fit(model, *data(), **SETTINGS).steps == 8
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("driver", ["eager", "xla"], indirect=True)
+def test_the_optimizer_of_the_loop_wins_and_that_of_the_model_is_left_alone(driver):
+    own, other = SGD(0.1, momentum=0.5), Adam(0.5)
+    keras.utils.set_random_seed(0)
+    model = compiled(functional(), other, metrics=["mae"])
+    inside = []
+    callback = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: inside.append(callback.model.optimizer))
+    tk.OptimizationLoop(own, **driver).fit(model, *data(), callbacks=[callback], **SETTINGS)
+    assert inside == [own, own]
+    assert model.optimizer is other
+    assert (int(own.iterations), int(other.iterations), other.built) == (8, 0, False)
+    theirs, _ = by_fit(lambda: compiled(functional(), SGD(0.1, momentum=0.5)))
+    assert_near(everything(model)[:2], theirs[:2])
+
+
+@pytest.mark.parametrize("driver", ["eager"], indirect=True)
+def test_the_model_is_to_its_owner_as_before(driver):
+    model = compiled(functional(), Adam(0.1), metrics=["mae"])
+    model.fit(*data(), **SETTINGS)
+    keys = lambda: (sorted(vars(model)), model._trackable_children().keys(), model.get_compile_config())  # noqa: E731
+    before = keys()
+    tk.OptimizationLoop(SGD(0.1), **driver).fit(model, *data(), **SETTINGS)
+    assert keys() == before
+
+
+@pytest.mark.parametrize("driver", ["eager"], indirect=True)
+def test_a_model_that_is_not_compiled_is_with_the_loss_that_is_given(driver):
+    keras.utils.set_random_seed(0)
+    model = functional()
+    loop = tk.OptimizationLoop("sgd", **driver)
+    result = loop.fit(model, *data(), loss="mse", metrics=["mae"], **SETTINGS)
+    for name, values in by_fit(lambda: compiled(functional(), metrics=["mae"]))[1].items():
+        np.testing.assert_allclose(result.epoch_history[name], values, rtol=2e-5)
+    assert model.optimizer is loop.optimizer
+    assert loop.fit(model, *data(), **SETTINGS).epoch_history["mae"][0] < result.epoch_history["mae"][0]
+
+
+def _plain():
+    return compiled(functional(), SGD(0.1))
+
+
+class Descent:
+    """An optimizer of nobody."""
+
+    def apply_gradients(self, gradients_and_variables):
+        for gradient, variable in gradients_and_variables:
+            variable.assign_sub(0.1 * gradient)
+
+
+@pytest.mark.parametrize(("is_compiled", "driver"), [(False, "graph"), (True, "eager")], indirect=["driver"])
+def test_anything_with_apply_gradients_trains_a_model(is_compiled, driver):
+    keras.utils.set_random_seed(0)
+    model = compiled(functional()) if is_compiled else functional()
+    compiled_with = model.optimizer if is_compiled else None
+    more = {} if is_compiled else {"loss": "mse"}
+    tk.OptimizationLoop(Descent(), **driver).fit(model, *data(), **SETTINGS, **more)
+    assert model.optimizer is compiled_with
+    assert_near(everything(model)[:2], by_fit(_plain)[0][:2])
+
+
+def test_a_model_that_computes_its_loss_needs_none_to_be_compiled_with():
+    result = tk.OptimizationLoop("sgd", run_eagerly=True).fit(functional(OwnTracker), *data(), **SETTINGS)
+    assert result.epoch_history["loss"][1] < result.epoch_history["loss"][0]
+
+
+# One model and several loops, one loop and several models, changes in between.
+
+
+@pytest.mark.parametrize("driver", ["graph"], indirect=True)
+def test_a_second_fit_goes_on_where_the_first_one_was(driver):
+    x, y = data()
+    models = []
+    for epochs in ([2], [1, 1]):
+        keras.utils.set_random_seed(0)
+        model = compiled(functional(inside=[layers.BatchNormalization()]), Adam(0.1), metrics=["mae"])
+        loop = tk.OptimizationLoop(**driver)
+        for number in epochs:
+            last = loop.fit(model, x, y, **{**SETTINGS, "epochs": number})
+        models.append([*everything(model), last.history["loss"][-4:]])
+    assert_equal(*models)
+
+
+def test_a_second_fit_of_the_same_model_traces_nothing():
+    model, loop = compiled(functional(), metrics=["mae"]), tk.OptimizationLoop(jit_compile=False)
+    loop.fit(model, *data(), **SETTINGS)
+    traces = loop.traces
+    Counting.calls = 0
+    loop.fit(model, *data(), **SETTINGS)
+    assert loop.traces == traces == 1
+
+
+@pytest.mark.parametrize("driver", ["graph"], indirect=True)
+def test_two_models_with_one_loop_keep_apart(driver):
+    loop = tk.OptimizationLoop(**driver)
+    make = lambda rate: compiled(functional(), Adam(rate), metrics=["mae"])  # noqa: E731
+    alone, together = [], []
+    for rate in (0.1, 0.01):
+        model, _ = by_loop(lambda rate=rate: make(rate), **driver)
+        alone += everything(model)
+    models = []
+    for rate in (0.1, 0.01):
+        keras.utils.set_random_seed(0)
+        models.append(make(rate))
+    for model in models:
+        loop.fit(model, *data(), **SETTINGS)
+        together += everything(model)
+    assert_equal(together, alone)
+
+
+@pytest.mark.parametrize("driver", ["eager"], indirect=True)
+def test_an_optimizer_of_another_model_is_refused_before_anything_changes(driver):
+    loop = tk.OptimizationLoop(Adam(0.1), **driver)
+    loop.fit(compiled(functional()), *data(), **SETTINGS)
+    model = compiled(functional(), metrics=["mae"])
+    before, compiled_with = everything(model), model.optimizer
+    with pytest.raises(ValueError, match=r"^`optimizer` must be new or built on the variables"):
+        loop.fit(model, *data(), **SETTINGS)
+    assert model.optimizer is compiled_with
+    assert_equal(everything(model), before)
+
+
+@pytest.mark.parametrize("driver", ["graph"], indirect=True)
+def test_one_model_with_two_loops_goes_on_where_it_is(driver):
+    keras.utils.set_random_seed(0)
+    model = compiled(functional(), Adam(0.1), metrics=["mae"])
+    first = tk.OptimizationLoop(max_iterations=3, **driver)
+    second = tk.OptimizationLoop(step="minimize", **driver)
+    x, y = data()
+    assert first.fit(model, x, y, **SETTINGS).steps == 3
+    again = second.fit(model, x[12:], y[12:], **{**SETTINGS, "epochs": 1})
+    assert again.steps == 1
+    whole, result = by_loop(lambda: compiled(functional(), Adam(0.1)), max_iterations=4, **driver)
+    assert again.history["loss"][0] == result.history["loss"][3]
+    assert_equal(everything(model)[:2], everything(whole)[:2])
+
+
+@pytest.mark.filterwarnings("ignore:The model does not have any trainable")
+@pytest.mark.parametrize("driver", ["graph"], indirect=True)
+def test_a_model_of_which_nothing_is_trainable_is_only_evaluated(driver):
+    with pytest.warns(UserWarning, match="the model does not have any trainable weights"):
+        _, result = assert_as_in_fit(lambda: compiled(functional(trainable=False), metrics=["mae"]), driver)
+    assert result.variables == []
+
+
+@pytest.mark.parametrize("driver", ["graph"], indirect=True)
+def test_layers_that_are_frozen_between_two_fits_stay_as_they_are(driver):
+    model = compiled(functional(inside=[layers.Dense(4, name="hidden"), layers.BatchNormalization()]), metrics=["mae"])
+    loop = tk.OptimizationLoop(**driver)
+    loop.fit(model, *data(), **SETTINGS)
+    for layer in model.layers[1:3]:
+        layer.trainable = False
+    before = [variable.numpy() for layer in model.layers[1:3] for variable in layer.variables]
+    last = model.get_layer("last").kernel.numpy()
+    result = loop.fit(model, *data(), **SETTINGS)
+    assert len(result.variables) == 2
+    after = [variable.numpy() for layer in model.layers[1:3] for variable in layer.variables]
+    assert_equal(after, before)
+    assert np.abs(model.get_layer("last").kernel.numpy() - last).max() > 0.0
+
+
+@pytest.mark.parametrize("driver", ["graph"], indirect=True)
+def test_a_model_that_is_compiled_anew_has_its_new_loss_metrics_and_optimizer(driver):
+    model = compiled(functional(), metrics=["mae"])
+    loop = tk.OptimizationLoop(**driver)
+    loop.fit(model, *data(), **SETTINGS)
+    x, y = data()
+    optimizer = SGD(0.001)
+    compiled(model, optimizer, "mae", metrics=["mse"])
+    expected = np.mean(np.abs(model.predict(x[:4], verbose=0) - y[:4]))
+    result = loop.fit(model, x, y, **SETTINGS)
+    assert result.history["loss"][0] == pytest.approx(expected, rel=1e-5)
+    assert set(result.epoch_history) == {"loss", "mse"}
+    assert int(optimizer.iterations) == 8
+
+
+class PartlyUsed(keras.Model):
+    """A model of which the loss does not use every variable."""
+
+    def __init__(self):
+        super().__init__()
+        self.used, self.unused = layers.Dense(1, name="used"), layers.Dense(1, name="unused")
+
+    def call(self, inputs):
+        self.unused(inputs)
+        return self.used(inputs)
+
+
+@pytest.mark.filterwarnings("ignore:Gradients do not exist")
+@pytest.mark.parametrize("driver", ["graph"], indirect=True)
+def test_variables_that_the_loss_does_not_use_stay_as_they_are(driver):
+    def make():
+        model = PartlyUsed()
+        model(np.zeros((1, 3)))
+        return compiled(model, Adam(0.1))
+
+    keras.utils.set_random_seed(0)
+    before = make().unused.kernel.numpy()
+    model, _ = assert_as_in_fit(make, driver)
+    np.testing.assert_array_equal(model.unused.kernel.numpy(), before)
+
+
+# Models that make their own steps: the styles of the guides of Keras.
+
+
+class WithComputeLoss(keras.Model):
+    """Customizing fit, first example: compute_loss, apply and a loop over the metrics."""
+
+    def train_step(self, data):
+        x, y = data
+        with tf.GradientTape() as tape:
+            y_pred = self(x, training=True)
+            loss = self.compute_loss(y=y, y_pred=y_pred)
+        gradients = tape.gradient(loss, self.trainable_variables)
+        self.optimizer.apply(gradients, self.trainable_variables)
+        for metric in self.metrics:
+            if metric.name == "loss":
+                metric.update_state(loss)
+            else:
+                metric.update_state(y, y_pred)
+        return {metric.name: metric.result() for metric in self.metrics}
+
+
+class WithOwnMetrics(keras.Model):
+    """Going lower-level: metrics of its own, apply_gradients."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.loss_tracker = keras.metrics.Mean(name="loss")
+        self.mae_metric = keras.metrics.MeanAbsoluteError(name="mae")
+        self.loss_fn = keras.losses.MeanSquaredError()
+
+    def train_step(self, data):
+        x, y = data
+        with tf.GradientTape() as tape:
+            y_pred = self(x, training=True)
+            loss = self.loss_fn(y, y_pred)
+        gradients = tape.gradient(loss, self.trainable_variables)
+        self.optimizer.apply_gradients(zip(gradients, self.trainable_variables, strict=True))
+        self.loss_tracker.update_state(loss)
+        self.mae_metric.update_state(y, y_pred)
+        return {"loss": self.loss_tracker.result(), "mae": self.mae_metric.result()}
+
+    @property
+    def metrics(self):
+        return [self.loss_tracker, self.mae_metric]
+
+
+class WithScaling(keras.Model):
+    """Sample weights, and a loss that is scaled as Keras does it itself."""
+
+    def train_step(self, data):
+        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+        with tf.GradientTape() as tape:
+            y_pred = self(x, training=True)
+            loss = self.compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight)
+            self._loss_tracker.update_state(loss, sample_weight=tf.shape(x)[0])
+            scaled = self.optimizer.scale_loss(loss)
+        gradients = tape.gradient(scaled, self.trainable_variables)
+        self.optimizer.apply(gradients, self.trainable_variables)
+        return self.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
+
+
+class WithSuper(keras.Model):
+    """What Keras does with something beside it, on inputs that are changed before."""
+
+    def train_step(self, data):
+        x, y = data
+        logs = super().train_step((2.0 * x, y))
+        return {**logs, "rate": self.optimizer.learning_rate}
+
+
+class WithRawLosses(keras.Model):
+    """The loss as it is beside another value whose name ends alike."""
+
+    def train_step(self, data):
+        x, y = data
+        with tf.GradientTape() as tape:
+            y_pred = self(x, training=True)
+            penalty = 0.1 * ops.mean(y_pred**2)
+            loss = ops.mean((y - y_pred) ** 2) + penalty
+        gradients = tape.gradient(loss, self.trainable_variables)
+        self.optimizer.apply(gradients, self.trainable_variables)
+        return {"loss": loss, "penalty_loss": penalty}
+
+
+class WithOptimizers(keras.Model):
+    """An optimizer for each of two variables, in a list, and the loss under another name."""
+
+    def compile(self, rates):
+        super().compile()
+        self.optimizers = [SGD(rate) for rate in rates]
+
+    def train_step(self, data):
+        x, y = data
+        with tf.GradientTape() as tape:
+            loss = ops.mean((y - self(x, training=True)) ** 2)
+        gradients = tape.gradient(loss, self.trainable_variables)
+        for optimizer, gradient, variable in zip(self.optimizers, gradients, self.trainable_variables, strict=True):
+            optimizer.apply([gradient], [variable])
+        return {"my_loss": loss}
+
+
+class Autoencoder(keras.Model):
+    """The variational autoencoder of the guides: no call, three means of its own, one returned under "loss"."""
+
+    def __init__(self, noisy=True):
+        super().__init__()
+        self.encoder = keras.Sequential([keras.Input((3,)), layers.Dense(4, "tanh"), layers.Dense(4)])
+        self.decoder = keras.Sequential([keras.Input((2,)), layers.Dense(3)])
+        self.noise = keras.random.SeedGenerator(7) if noisy else None
+        self.total_loss_tracker = keras.metrics.Mean(name="total_loss")
+        self.reconstruction_loss_tracker = keras.metrics.Mean(name="reconstruction_loss")
+        self.kl_loss_tracker = keras.metrics.Mean(name="kl_loss")
+
+    @property
+    def metrics(self):
+        return [self.total_loss_tracker, self.reconstruction_loss_tracker, self.kl_loss_tracker]
+
+    def train_step(self, data):
+        if isinstance(data, tuple):
+            data = data[0]
+        with tf.GradientTape() as tape:
+            mean, log_variance = ops.split(self.encoder(data), 2, axis=1)
+            z = mean
+            if self.noise is not None:
+                z += ops.exp(0.5 * log_variance) * keras.random.normal(ops.shape(mean), seed=self.noise)
+            reconstruction_loss = ops.mean(ops.sum((data - self.decoder(z)) ** 2, axis=1))
+            kl_loss = -0.5 * (1 + log_variance - ops.square(mean) - ops.exp(log_variance))
+            kl_loss = ops.mean(ops.sum(kl_loss, axis=1))
+            total_loss = reconstruction_loss + kl_loss
+        grads = tape.gradient(total_loss, self.trainable_weights)
+        self.optimizer.apply_gradients(zip(grads, self.trainable_weights, strict=True))
+        self.total_loss_tracker.update_state(total_loss)
+        self.reconstruction_loss_tracker.update_state(reconstruction_loss)
+        self.kl_loss_tracker.update_state(kl_loss)
+        return {
+            "loss": self.total_loss_tracker.result(),
+            "reconstruction_loss": self.reconstruction_loss_tracker.result(),
+            "kl_loss": self.kl_loss_tracker.result(),
+        }
+
+
+class Adversaries(keras.Model):
+    """The generative adversarial network of the guides: two optimizers, a compile of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.discriminator = keras.Sequential([keras.Input((3,)), layers.Dense(4, "tanh"), layers.Dense(1)], name="d")
+        self.generator = keras.Sequential([keras.Input((2,)), layers.Dense(3)], name="g")
+        self.seed_generator = keras.random.SeedGenerator(1337)
+        self.d_loss_tracker = keras.metrics.Mean(name="d_loss")
+        self.g_loss_tracker = keras.metrics.Mean(name="g_loss")
+
+    @property
+    def metrics(self):
+        return [self.d_loss_tracker, self.g_loss_tracker]
+
+    def compile(self, d_optimizer, g_optimizer, loss_fn):
+        super().compile()
+        self.d_optimizer, self.g_optimizer, self.loss_fn = d_optimizer, g_optimizer, loss_fn
+
+    def train_step(self, real):
+        if isinstance(real, tuple):
+            real = real[0]
+        count = ops.shape(real)[0]
+        latent = keras.random.normal((count, 2), seed=self.seed_generator)
+        combined = ops.concatenate([self.generator(latent), real], axis=0)
+        labels = ops.concatenate([ops.ones((count, 1)), ops.zeros((count, 1))], axis=0)
+        with tf.GradientTape() as tape:
+            d_loss = self.loss_fn(labels, self.discriminator(combined))
+        grads = tape.gradient(d_loss, self.discriminator.trainable_weights)
+        self.d_optimizer.apply(grads, self.discriminator.trainable_weights)
+        latent = keras.random.normal((count, 2), seed=self.seed_generator)
+        with tf.GradientTape() as tape:
+            g_loss = self.loss_fn(ops.zeros((count, 1)), self.discriminator(self.generator(latent)))
+        grads = tape.gradient(g_loss, self.generator.trainable_weights)
+        self.g_optimizer.apply(grads, self.generator.trainable_weights)
+        self.d_loss_tracker.update_state(d_loss)
+        self.g_loss_tracker.update_state(g_loss)
+        return {"d_loss": self.d_loss_tracker.result(), "g_loss": self.g_loss_tracker.result()}
+
+
+def _adversaries():
+    model = Adversaries()
+    model.compile(Adam(0.01), Adam(0.02), keras.losses.BinaryCrossentropy(from_logits=True))
+    return model
+
+
+def _several():
+    model = functional(WithOptimizers)
+    model.compile([0.1, 0.05])
+    return model
+
+
+def _autoencoder(noisy=True):
+    return compiled(Autoencoder(noisy), Adam(0.01), None)
+
+
+OWN_STEPS = {
+    "compute_loss": lambda: compiled(functional(WithComputeLoss), Adam(0.1), metrics=["mae"]),
+    "own metrics": lambda: compiled(functional(WithOwnMetrics), Adam(0.1), None),
+    "scaling": lambda: compiled(functional(WithScaling), Adam(0.1), metrics=["mae"]),
+    "super": lambda: compiled(functional(WithSuper), Adam(0.1), metrics=["mae"]),
+    "raw losses": lambda: compiled(functional(WithRawLosses), Adam(0.1), None),
+    "optimizers in a list": _several,
+    "autoencoder": _autoencoder,
+    "adversaries": _adversaries,
+}
+
+
+@functools.lru_cache
+def _one_step_losses(name):
+    """The losses that Keras reports of single batches."""
+    keras.utils.set_random_seed(0)
+    model = OWN_STEPS[name]()
+    x, y = data()
+    losses = []
+    for first in [0, 4, 8, 12] * 2:
+        model.reset_metrics()
+        logs = model.train_step((x[first : first + 4], y[first : first + 4]))
+        named = [float(value) for name, value in logs.items() if name.endswith("loss")]
+        losses.append(float(logs["loss"]) if "loss" in logs else sum(named))
+    return losses
+
+
+@pytest.mark.parametrize(
+    ("name", "driver"),
+    [
+        *((name, "eager") for name in OWN_STEPS),
+        *((name, "graph") for name in ("compute_loss", "autoencoder", "adversaries")),
+    ],
+    indirect=["driver"],
+)
+def test_a_train_step_of_its_own_runs_as_in_fit_with_the_true_loss_in_the_history(name, driver):
+    _, result = assert_as_in_fit(OWN_STEPS[name], driver)
+    assert result.steps == 8
+    np.testing.assert_allclose(result.history["loss"], _one_step_losses(name), rtol=2e-5)
+
+
+@pytest.mark.parametrize("driver", ["graph"], indirect=True)
+def test_the_optimizer_of_the_loop_is_that_of_a_train_step(driver):
+    own = SGD(0.1)
+    model, _ = by_loop(OWN_STEPS["compute_loss"], optimizer=own, **driver)
+    assert_near(everything(model)[:2], by_fit(_plain)[0][:2])
+    assert (int(own.iterations), int(model.optimizer.iterations)) == (8, 0)
+
+
+def test_a_second_fit_of_a_train_step_of_its_own_traces_nothing():
+    model, loop = _autoencoder(), tk.OptimizationLoop(jit_compile=False)
+    loop.fit(model, *data(), **SETTINGS)
+    assert loop.traces == 1
+    loop.fit(model, *data(), **SETTINGS)
+    assert loop.traces == 1
+
+
+def test_a_train_step_of_its_own_runs_under_xla():
+    assert_as_in_fit(lambda: _autoencoder(noisy=False), DRIVERS["xla"])
+
+
+def _parts(model):
+    """The variables that are updated in one go."""
+    if isinstance(model, Adversaries):
+        return [model.discriminator.trainable_variables, model.generator.trainable_variables]
+    if isinstance(model, WithOptimizers):
+        return [[variable] for variable in model.trainable_variables]
+    return [model.trainable_variables]
+
+
+@pytest.mark.parametrize(
+    ("name", "driver"),
+    [
+        *((name, "eager") for name in ("compute_loss", "scaling", "optimizers in a list", "adversaries")),
+        *((name, "graph") for name in ("own metrics", "adversaries")),
+    ],
+    indirect=["driver"],
+)
+def test_hooks_see_the_gradients_of_a_train_step_of_its_own_and_change_them(name, driver):
+    """Gradients that a hook sets to zero leave everything as it is, whatever the optimizer; the true ones are kept."""
+    seen = []
+
+    class Still(tk.Callback):
+        def on_gradient(self, gradients, variables):
+            seen.append([id(variable) for variable in variables])
+            return [ops.zeros_like(gradient) for gradient in gradients]
+
+    keras.utils.set_random_seed(0)
+    model = OWN_STEPS[name]()
+    before = [variable.numpy() for variable in model.trainable_variables]
+    loop = tk.OptimizationLoop(measures={"count": lambda gradients: tf.constant(len(gradients))}, **driver)
+    x, y = data()
+    result = loop.fit(model, x, y, callbacks=[Still()], **SETTINGS)
+    assert_equal([variable.numpy() for variable in model.trainable_variables], before)
+    parts = [[id(variable) for variable in part] for part in _parts(model)]
+    assert seen[-len(parts) :] == parts
+    assert result.history["count"].tolist() == [len(before)] * 8
+
+
+@pytest.mark.parametrize("driver", ["graph"], indirect=True)
+def test_criteria_stop_a_train_step_of_its_own_at_the_exact_step(driver):
+    losses = _one_step_losses("compute_loss")
+    first = int(np.argmin(losses)) + 1
+    assert 4 < first < 8
+    criterion = stopping.LossBelow(1.0001 * min(losses))
+    model, result = by_loop(OWN_STEPS["compute_loss"], stopping=criterion, **driver)
+    assert (result.steps, int(model.optimizer.iterations)) == (first, first)
+    norms = by_loop(OWN_STEPS["own metrics"], stopping=stopping.GradientNormBelow(1e-9), **driver)[1]
+    _, plain = by_loop(_plain, stopping=stopping.GradientNormBelow(1e-9), **driver)
+    assert norms.history["gradient_norm"][0] == pytest.approx(plain.history["gradient_norm"][0], rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["compute_loss", "own metrics"])
+def test_callbacks_that_look_at_gradients_do_so_once_a_step_of_a_train_step_of_its_own(name, driver):
+    statistics, capture = tk.callbacks.GradientStatistics(every=3), tk.callbacks.CaptureGradients(every=2)
+    keras.utils.set_random_seed(0)
+    model = OWN_STEPS[name]()
+    tk.OptimizationLoop(**driver).fit(model, *data(), callbacks=[statistics, capture], **SETTINGS)
+    assert statistics.steps.tolist() == [3, 6]
+    assert capture.steps.tolist() == [2, 4, 6, 8]
+    assert len(capture.gradients) == len(statistics.statistics) == len(model.trainable_variables)
+    for gradients in capture.gradients.values():
+        assert np.all(np.abs(gradients).max(axis=tuple(range(1, gradients.ndim))) > 0.0)
+        assert len(np.unique(gradients[:, ...].reshape(4, -1)[:, 0])) == 4
+
+
+def test_evaluate_is_the_loss_of_a_train_step_of_its_own_and_changes_nothing():
+    values = []
+    keras.utils.set_random_seed(0)
+    model, loop = _autoencoder(noisy=False), tk.OptimizationLoop(jit_compile=False)
+    x, y = data()
+
+    def evaluate(step, logs):
+        before = everything(model)
+        values.append(loop.evaluate())
+        assert_equal(everything(model), before)
+
+    result = loop.fit(model, x[:4], y[:4], callbacks=[evaluate], **SETTINGS)
+    assert values[0] == pytest.approx(result.history["loss"][1], rel=1e-5)
+    assert result.steps == 2
+
+
+def test_an_exception_in_a_train_step_undoes_it_in_an_eager_run():
+    class Failing(WithOptimizers):
+        batches = 0
+
+        def train_step(self, data):
+            logs = super().train_step(data)
+            self.batches += 1
+            if self.batches == 3:
+                raise ArithmeticError("in train_step")
+            return logs
+
+    def make():
+        model = functional(Failing)
+        model.compile([0.1, 0.05])
+        return model
+
+    keras.utils.set_random_seed(0)
+    model, loop = make(), tk.OptimizationLoop(run_eagerly=True)
+    with pytest.raises(ArithmeticError, match=r"^in train_step$"):
+        loop.fit(model, *data(), **SETTINGS)
+    assert loop.result.steps == 2
+    two_steps, _ = by_loop(_several, run_eagerly=True, max_iterations=2)
+    assert_equal(everything(model), everything(two_steps))
+    assert [int(optimizer.iterations) for optimizer in model.optimizers] == [2, 2]
+
+
+class WithoutLoss(WithRawLosses):
+    """Returns nothing that could be the loss."""
+
+    def train_step(self, data):
+        return {"penalty": super().train_step(data)["penalty_loss"]}
+
+
+class WithoutLogs(WithRawLosses):
+    """Returns nothing at all."""
+
+    def train_step(self, data):
+        super().train_step(data)
+
+
+class WithHiddenOptimizer(keras.Model):
+    """Has its optimizer where nobody finds it."""
+
+    def train_step(self, data):
+        x, y = data
+        with tf.GradientTape() as tape:
+            loss = ops.mean((y - self(x, training=True)) ** 2)
+        for variable, gradient in zip(
+            self.trainable_variables, tape.gradient(loss, self.trainable_variables), strict=True
+        ):
+            variable.assign_sub(0.1 * gradient)
+        return {"loss": loss}
+
+
+@pytest.mark.parametrize(
+    ("cls", "error", "sentence"),
+    [
+        (WithoutLoss, ValueError, r"^`train_step` must call compute_loss or return a loss, .* received penalty\.$"),
+        (WithoutLogs, TypeError, r"^`train_step` must return a dict of logs, received None\.$"),
+    ],
+)
+def test_a_train_step_that_tells_no_loss_is_refused(cls, error, sentence, driver):
+    model = compiled(functional(cls), SGD(0.1), None)
+    before = everything(model)
+    loop = tk.OptimizationLoop(**driver)
+    with pytest.raises(error, match=sentence):
+        loop.fit(model, *data(), **SETTINGS)
+    assert_equal(everything(model), before)
+
+
+_NO_GRADIENTS = r"^`train_step` must give its gradients to a Keras optimizer that is an attribute of the model"
+
+
+@pytest.mark.parametrize("driver", ["graph"], indirect=True)
+def test_a_train_step_that_shows_its_gradients_to_no_optimizer_runs_unless_somebody_wants_them(driver):
+    model = compiled(functional(WithHiddenOptimizer), SGD(0.1), None)
+    result = tk.OptimizationLoop(**driver).fit(model, *data(), **SETTINGS)
+    assert np.mean(result.history["loss"][4:]) < np.mean(result.history["loss"][:4])
+    loop = tk.OptimizationLoop(callbacks=[tk.callbacks.ClipGradients(norm=1.0)], **driver)
+    with pytest.raises(ValueError, match=_NO_GRADIENTS):
+        loop.fit(model, *data(), **SETTINGS)
+
+
+# What is refused.
+
+
+class OwnStep(tk.Step):
+    """A strategy of a user."""
+
+    def take(self, problem):
+        return problem.minimize()
+
+
+class OfTfKeras(tf_keras.optimizers.SGD):
+    """An optimizer of a user."""
+
+
+def _foreign():
+    model = tf_keras.Sequential([tf_keras.layers.Dense(1)])
+    model.compile("sgd", "mse")
+    return model
+
+
+REFUSED = {
+    "a tf_keras model": (
+        _foreign,
+        {},
+        {},
+        TypeError,
+        r"^`model` must be of Keras 3 for fit, .* use minimize with a func",
+    ),
+    "a tf_keras optimizer": (
+        *(lambda: compiled(functional()), {"optimizer": tf_keras.optimizers.Adam()}, {}, TypeError),
+        r"^`optimizer` must be of Keras 3 for fit, received .*Adam.* of tf_keras; use minimize",
+    ),
+    "an optimizer of a subclass": (
+        *(lambda: compiled(functional()), {"optimizer": OfTfKeras()}, {}, TypeError),
+        r"^`optimizer` must be of Keras 3 for fit",
+    ),
+    "no model": (lambda: lambda x: x, {}, {}, TypeError, r"^`model` must be a keras.Model, received"),
+    "not compiled, no loss": (
+        *(functional, {"optimizer": "sgd"}, {}, ValueError),
+        r"^`loss` must be given for a model that is not compiled, received None\.$",
+    ),
+    "not compiled, no optimizer": (
+        *(functional, {}, {"loss": "mse"}, ValueError),
+        r"^`optimizer` must be given to the loop for a model that is not compiled, received None\.$",
+    ),
+    "a loss for a compiled model": (
+        *(lambda: compiled(functional()), {}, {"loss": "mae"}, ValueError),
+        r"^`loss` must be None for a model that is compiled",
+    ),
+    "metrics for a compiled model": (
+        *(lambda: compiled(functional()), {}, {"metrics": ["mae"]}, ValueError),
+        r"^`metrics` must be None for a model that is compiled",
+    ),
+    "a step for a train_step": (
+        *(OWN_STEPS["own metrics"], {"step": OwnStep()}, {}, ValueError),
+        r"^`step` must be left to a model that overrides train_step, as WithOwnMetrics does, received OwnStep\.$",
+    ),
+    "intermediates of a train_step": (
+        *(OWN_STEPS["own metrics"], {"step": tk.TapeStep(intermediates=True)}, {}, ValueError),
+        r"^`step` must be left to a model that overrides train_step",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_fitted_is_refused_in_a_sentence(name):
+    make, of_loop, of_fit, error, sentence = REFUSED[name]
+    model = make()
+    with pytest.raises(error, match=sentence):
+        tk.OptimizationLoop(**of_loop).fit(model, *data(), **SETTINGS, **of_fit)
+
+
+def test_strategies_and_minimize_work_with_the_models_and_optimizers_of_tf_keras():
+    x, y = data()
+    for step in ("tape", "minimize"):
+        model = tf_keras.Sequential([tf_keras.Input((3,)), tf_keras.layers.Dense(1, kernel_initializer="zeros")])
+        loop = tk.OptimizationLoop(tf_keras.optimizers.SGD(0.1), step, max_iterations=50, jit_compile=False)
+        result = loop.minimize(lambda model=model: tf.reduce_mean((model(x) - y) ** 2), model.trainable_variables)
+        assert result.loss < 0.1 * result.history["loss"][0]
