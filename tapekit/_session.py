@@ -13,16 +13,20 @@ import time
 from typing import Any
 
 import keras
+import tensorflow as tf
+from keras import tree
 
 from tapekit._body import StepBody
 from tapekit._data import Portion
 from tapekit._drivers import Advance, Driver, logger, make_driver
-from tapekit._model import ModelObjective, TrainStep, build_model
-from tapekit._optimizers import Updater
+from tapekit._model import ModelObjective, TrainStep, build_model, updater_for
 from tapekit._records import row
 from tapekit._run import tell_stop_when
-from tapekit.callbacks import Callback, StopWhen, _base
-from tapekit.callbacks._dispatch import Dispatch, keras_logs
+from tapekit.callbacks import Callback, CheckGradients, StopWhen, _base
+from tapekit.callbacks._dispatch import KERAS_LOSS, Dispatch
+from tapekit.steps import asks_for_intermediates
+
+_TELLING = ("set_model", "set_params")
 
 
 class Session(keras.callbacks.Callback):
@@ -31,33 +35,62 @@ class Session(keras.callbacks.Callback):
     To these it is what the loop is elsewhere, their `loop`.
     """
 
-    def __init__(self, callbacks: list[Any]) -> None:
+    def __init__(self, everyone: keras.callbacks.CallbackList) -> None:
         super().__init__()
-        self._everyone = callbacks
+        self.joined: list[Callback] = []
+        """Tapekit's callbacks that know of a fit, those included that are inside of others."""
+        self._everyone = everyone
         self._ours: list[Callback] = []
         self._dispatch: Any = None
         self._driver: Any = None
+        self._driver_of: Any = None
         self._state: Any = None
         self._step = 0
         self._started = 0.0
         self._keras_function: Any = None
+        self._keeps_batches = False
+        self._batch: Any = None
+
+    def greet(self, logs: Any = None) -> None:
+        """Tells tapekit's callbacks who runs them, before `on_train_begin` of anyone."""
+        ours = [callback for callback in self._everyone.callbacks if isinstance(callback, Callback)]
+        self._ours = list({id(callback): callback for callback in (*ours, *self.joined)}.values())
+        for callback in self._ours:
+            callback.loop = self
 
     def on_train_begin(self, logs: Any = None) -> None:
         """Begins to count steps."""
-        self._ours = [callback for callback in self._everyone if isinstance(callback, Callback)]
-        for callback in self._ours:
-            callback.loop = self
         if self._target.distribute_strategy.num_replicas_in_sync > 1:
             raise ValueError("tapekit's callbacks need a model on one device, not one of a tf.distribute strategy.")
         self._dispatch = Dispatch(self._ours, None, hooks=("on_step",))
-        self._driver = None
+        for hook in self._dispatch.gradient_hooks:
+            if asks_for_intermediates(hook):
+                raise ValueError(
+                    f"on_gradient of {type(hook.__self__).__name__} must do without `intermediates` in keras.Model.fit,"
+                    " which does not take them; use loop.fit."
+                )
+        self._keeps_batches = any(isinstance(callback, CheckGradients) for callback in self._ours)
+        self._driver = self._driver_of = self._batch = None
         self._step = 0
         self._started = time.perf_counter()
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
         """Puts our function in the place of Keras's, which calls it next."""
+        self._put_back()
         self._keras_function = self._target.train_function
         self._target.train_function = self._train
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        """Puts back Keras's function, which a loop of the user's own may have left where it was."""
+        self._put_back()
+
+    def on_train_end(self, logs: Any = None) -> None:
+        """Puts back Keras's function, which a loop of the user's own may have left where it was."""
+        self._put_back()
+
+    def _put_back(self) -> None:
+        if self._target.train_function == self._train:
+            self._target.train_function = self._keras_function
 
     @property
     def _target(self) -> Any:
@@ -74,42 +107,69 @@ class Session(keras.callbacks.Callback):
         logger.info("stopped at step %d: %s", self._step, reason)
 
     def evaluate(self) -> float:
-        """Raises: `keras.Model.fit` does not keep its batches."""
-        raise RuntimeError("evaluate needs the batch of the step, which keras.Model.fit does not keep; use loop.fit.")
+        """Returns the loss of the batch of this step, which is kept where `CheckGradients` is among the callbacks."""
+        if self._batch is None:
+            raise RuntimeError("evaluate needs the batch of the step, which keras.Model.fit drops; use loop.fit.")
+        return self._driver.body.objective.loss_of(self._batch)
 
     def _train(self, iterator: Any) -> dict[str, Any]:
         """Takes the batches that Keras asks for, `steps_per_execution` of them."""
-        self._target.train_function = self._keras_function
-        spec = iterator.element_spec
-        portion = Portion(repr(spec), spec, iterator, None, None, iterator.__next__)
-        if self._driver is None:
-            self._driver = self._program(spec)
-            self._state = self._driver.begin()
-        wanted = self._target.steps_per_execution
-        self._driver.prepare(self._dispatch.period(wanted), portion)
-        last: Advance | None = None
-        while wanted and not (last and self._target.stop_training):
-            limit = self._dispatch.steps_to_edge(self._step, wanted)
-            chunk = self._driver.advance(self._state, limit, time.perf_counter() - self._started, portion)
-            self._state = chunk.state
-            if chunk.taken:
-                last = chunk
-                self._heed(chunk)
-            wanted = 0 if chunk.exhausted else wanted - chunk.taken
+        self._put_back()
+        model, last, wanted = self._target, None, self._target.steps_per_execution
+        asked, model.stop_training = model.stop_training, False
+        try:
+            while wanted and not model.stop_training:
+                chunk = self._advance(iterator, wanted)
+                last = chunk if chunk.taken else last
+                wanted = 0 if chunk.exhausted else wanted - chunk.taken
+        finally:
+            model.stop_training |= asked
         if last is None:
             raise StopIteration
-        logs = keras_logs(row(last.columns, last.taken - 1))
-        return {name: logs[name] for name in self._driver.body.objective.names if name in logs}
+        logs = row(last.columns, last.taken - 1)
+        return {name: logs[KERAS_LOSS if name == "loss" else name] for name in self._driver.body.objective.names}
 
-    def _heed(self, chunk: Advance) -> None:
-        """Tells the hooks of the steps, and stops where a criterion wants it."""
-        first, self._step = self._step + 1, self._step + chunk.taken
-        self._dispatch.after(first, chunk.taken, chunk.columns)
+    def _advance(self, iterator: Any, wanted: int) -> Advance:
+        """Takes some of the batches, tells the hooks of the steps, and stops where a criterion wants it."""
+        portion = self._portion(iterator)
+        if portion is None:
+            return Advance(self._state, 0, 0, 0, {}, None, exhausted=True)
+        self._choose_driver(portion.spec)
+        self._driver.prepare(self._dispatch.period(self._target.steps_per_execution), portion)
+        limit = self._dispatch.steps_to_edge(self._step, min(wanted, portion.length or wanted, self._driver.limit()))
+        chunk = self._driver.advance(self._state, limit, time.perf_counter() - self._started, portion)
+        self._state = chunk.state
+        if chunk.taken:
+            first, self._step = self._step + 1, self._step + chunk.taken
+            self._dispatch.after(first, chunk.taken, chunk.columns)
         if chunk.fired:
             self._target.stop_training = True
             state = self._driver.read(self._state)
             logs = {**row(chunk.columns, chunk.taken - 1), "step": self._step, "evaluations": state.evaluations}
             tell_stop_when(self._ours, self._driver.body.criteria, state.criteria, chunk.fired, logs)
+        return chunk
+
+    def _portion(self, iterator: Any) -> Portion | None:
+        """Returns the batches to come, or the next one alone where that is kept or all there is."""
+        spec = getattr(iterator, "element_spec", None)
+        if spec is not None and not self._keeps_batches:
+            return Portion(repr(spec), spec, iterator, None, None, iterator.__next__)
+        batch = next(iterator, None)
+        if batch is None:
+            return None
+        if spec is None:  # of train_on_batch, in a loop of the user's own
+            batch = tree.map_structure(lambda leaf: leaf if leaf is None else tf.convert_to_tensor(leaf), batch)
+            spec = tree.map_structure(lambda leaf: leaf if leaf is None else tf.type_spec_from_value(leaf), batch)
+        self._batch = batch if self._keeps_batches else None
+        return Portion(repr(spec), spec, batch, 1, lambda feed, n: feed, lambda: batch)
+
+    def _choose_driver(self, spec: Any) -> None:
+        """Takes the driver for the present `train_function`, which is another one when the model is compiled anew."""
+        if self._driver_of is self._keras_function and self._driver is not None:
+            return
+        before, self._driver, self._driver_of = self._driver, self._program(spec), self._keras_function
+        if type(before) is not type(self._driver):
+            self._state = self._driver.begin()
 
     def _program(self, spec: Any) -> Driver:
         """Returns the driver, that of the fit before if nothing has changed since."""
@@ -121,24 +181,42 @@ class Session(keras.callbacks.Callback):
         kept = vars(self._ours[0]).get("_program_in_fit")
         if kept is None or kept[0] != key:
             objective, variables = ModelObjective(model), list(model.trainable_variables)
-            body = StepBody(
-                objective, Updater(model.optimizer), variables, TrainStep(objective), criteria, {}, hooks, True
-            )
-            kept = key, make_driver(body, model.run_eagerly, bool(model.jit_compile), 1 << 62), criteria
+            updater = updater_for(model.optimizer, model)
+            body = StepBody(objective, updater, variables, TrainStep(objective), criteria, {}, hooks, True)
+            kept = key, make_driver(body, model.run_eagerly, bool(model.jit_compile), 1 << 62)
             vars(self._ours[0])["_program_in_fit"] = kept
         return kept[1]
 
 
 def _join(callback: Callback) -> None:
     """Adds a session to the list of callbacks that a callback is in, which is all that Keras lets it know of a fit."""
-    frame = sys._getframe(2)
-    while frame is not None and frame.f_code.co_name == "set_model":
-        owner = frame.f_locals.get("self")
-        if isinstance(owner, keras.callbacks.CallbackList):
-            if not any(isinstance(member, Session) for member in owner.callbacks) and not hasattr(owner, "of_a_loop"):
-                owner.callbacks.append(Session(owner.callbacks))
-            return
+    if any(kind.__module__.partition(".")[0] == "tf_keras" for kind in type(callback.model).__mro__):
+        raise TypeError("tapekit's callbacks need a model of Keras 3 in fit, received one of tf_keras; use minimize.")
+    lists = _lists_around()
+    if len(lists) > 1:
+        raise ValueError(
+            "tapekit's callbacks must be in the list that fit is given, received them in one inside of it."
+        )
+    if not lists or hasattr(lists[0], "of_a_loop"):
+        return
+    [everyone] = lists
+    session = next((member for member in everyone.callbacks if isinstance(member, Session)), None)
+    if session is None:
+        session = Session(everyone)
+        session.set_model(callback.model if everyone.model is None else everyone.model)
+        greeting = keras.callbacks.LambdaCallback(on_train_begin=session.greet)
+        everyone.callbacks = [greeting, *everyone.callbacks, session]
+    session.joined.append(callback)
+
+
+def _lists_around() -> list[Any]:
+    """Returns the list that is telling its callbacks of a fit, and those that it is in."""
+    frame, lists = sys._getframe(3), []
+    while frame is not None and (not lists or frame.f_code.co_name in _TELLING):
+        teller = frame.f_locals.get("self") if frame.f_code.co_name in _TELLING else None
+        lists += [teller] if isinstance(teller, keras.callbacks.CallbackList) else []
         frame = frame.f_back
+    return lists
 
 
 _base.joining.append(_join)

@@ -17,26 +17,34 @@ class Shelf:
     """Where the compiled steps leave what the host reads, for the variables of one model or objective."""
 
     def __init__(self, variables: Sequence[Any], places: Sequence[list[Any]]) -> None:
-        self._variables = variables
         self._places = {id(variable): row for variable, row in zip(variables, places, strict=True)}
-        # Losses may leave out different variables: each choice has a number, which its step leaves here too.
-        self._chosen: dict[tuple[int, ...], tuple[list[str], list[Any]]] = {}
-        self._last = state_variable((), tf.int64)
+        self._variables = variables
+        self._given: dict[int, Any] = {}
+        """The variables as the hook gets them, by which they are named."""
+        # Steps may leave out different variables, and update some after the others.
+        self._looked = state_variable((len(variables),), tf.int64)
 
-    def choose(self, variables: Sequence[Any]) -> int:
-        """Returns the number of a choice of variables."""
-        chosen = [tf_variable(variable) for variable in variables]
-        key = tuple(map(id, chosen))
-        self._chosen.setdefault(key, (unique_names(variables), chosen))
-        return list(self._chosen).index(key)
-
-    def mark(self, choice: int) -> None:
-        """Notes inside the graph which choice the step is about."""
-        self._last.assign(choice)
+    def mark(self, variables: Sequence[Any], before: Any) -> None:
+        """Notes inside the graph that the step which so many came before has looked at some variables."""
+        given = {id(tf_variable(variable)): variable for variable in variables}
+        self._given |= given
+        is_looked = [id(variable) in given for variable in self._variables]
+        self._looked.assign(tf.where(is_looked, tf.cast(before, tf.int64) + 1, self._looked))
 
     def chosen(self) -> tuple[list[str], list[Any]]:
-        """Returns the names and the variables of the step that the host looks at."""
-        return list(self._chosen.values())[int(self._last)]
+        """Returns the names and the variables of the last step that has looked at any."""
+        looked = self._looked.numpy()
+        last = {id(variable) for variable, step in zip(self._variables, looked, strict=True) if step == looked.max()}
+        chosen = [variable for key, variable in self._given.items() if key in last]
+        return unique_names(chosen), [tf_variable(variable) for variable in chosen]
+
+    def clear(self) -> None:
+        """Forgets the steps of the run before."""
+        self._looked.assign(tf.zeros_like(self._looked))
+
+    def holds(self, variables: Sequence[Any]) -> bool:
+        """Returns whether there are places for all of these."""
+        return all(id(tf_variable(variable)) in self._places for variable in variables)
 
     def of(self, variable: Any) -> list[Any]:
         """Returns the places of a variable."""
@@ -54,31 +62,28 @@ class ViewingCallback(CountingCallback):
     def on_train_begin(self, logs=None):
         """Makes room for what the variables of this run need."""
         super().on_train_begin(logs)
-        assert self.model is not None
-        self.shelf = None
-        if self.model.trainable_variables:
-            self._make_room()
+        self._make_room()
 
-    def _make_room(self) -> None:
+    def _make_room(self, more: Sequence[Any] = ()) -> None:
         assert self.model is not None
-        variables = [tf_variable(variable) for variable in self.model.trainable_variables]
-        key = tuple(map(id, variables))
+        found = {id(variable): variable for variable in map(tf_variable, (*self.model.trainable_variables, *more))}
+        key, variables = tuple(found), list(found.values())
         if key not in self._shelves:
             places = [[state_variable(*spec) for spec in self._room(variable)] for variable in variables]
             self._shelves[key] = Shelf(variables, places)
         self.shelf = self._shelves[key]
+        self.shelf.clear()
 
     def on_gradient(self, gradients, variables):
         """Looks at the gradients, if the step is one of those to look at, and leaves them as they are."""
-        if self.shelf is None:  # the variables of the model were not made when the run began
+        if not self.shelf.holds(variables):  # some variables of the model were not made when the run began
             with tf.init_scope():
-                self._make_room()
+                self._make_room(variables)
         shelf: Any = self.shelf
         before = self.count()
-        choice = shelf.choose(variables)
 
         def look() -> tf.Tensor:
-            shelf.mark(choice)
+            shelf.mark(variables, before)
             for variable, gradient in zip(variables, gradients, strict=True):
                 self._look(shelf.of(variable), dense(gradient), tf_variable(variable), before)
             return tf.constant(True)
