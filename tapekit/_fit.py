@@ -19,7 +19,7 @@ from keras.src.trainers.data_adapters.array_slicing import train_validation_spli
 from tapekit._data import Batches
 from tapekit._describe import check_integer, check_real, describe
 from tapekit._drivers import Advance, Driver
-from tapekit._model import ModelObjective
+from tapekit._model import ModelObjective, has_own_train_step
 from tapekit._result import OptimizationResult, StopReason
 from tapekit._run import Run
 from tapekit.callbacks import Callback
@@ -252,7 +252,7 @@ class FitRun(Run):
         self._batches = batches
         self._validation = validation
         self._arguments = arguments
-        self._epoch = 0
+        self._epoch = self._epoch_first = 0
         self._portion: Any = None
         self._shape: Any = None
         self._last_batch: Callable[[], Any] | None = None
@@ -276,7 +276,7 @@ class FitRun(Run):
     def epochs(self) -> Iterator[int]:
         """Begins one epoch after the other, until something ends the run."""
         for epoch in range(self._model._initial_epoch or self._arguments.initial_epoch, self._arguments.epochs):
-            self._epoch = epoch
+            self._epoch, self._epoch_first = epoch, self.step
             self._model.reset_metrics()
             self.dispatch.begin_epoch(epoch, self.step + 1)
             self._batches.begin_epoch()
@@ -335,8 +335,11 @@ class FitRun(Run):
     def conclude(self) -> OptimizationResult:
         """Makes the result from everything that is known now."""
         result = super().conclude()
-        if "loss" in self._epoch_logs:
+        losses = result.history.get("loss", [])[self._epoch_first :]
+        if "loss" in self._epoch_logs and not has_own_train_step(self._model):
             result = dataclasses.replace(result, loss=self._epoch_logs["loss"])
+        elif len(losses):  # what a train_step returns as a loss may be anything
+            result = dataclasses.replace(result, loss=float(np.mean(losses)))
         history = {name: np.asarray(values) for name, values in self._epoch_history.items()}
         self._result = dataclasses.replace(result, epoch_history=history)
         self._model.optimizer = self._compiled_optimizer

@@ -61,8 +61,8 @@ class OptimizationLoop(Hooks, Configurable):
             of the list of gradients, that return a tensor of any fixed shape. They see the variables
             after the update.
         run_eagerly: run every op from Python, for debugging.
-        jit_compile: `True` for XLA, `False` for graphs, `"auto"` for XLA where it compiles the step
-            without a change of meaning.
+        jit_compile: `True` for XLA, `False` for graphs; `"auto"` for XLA, or a graph where XLA cannot
+            compile the step, would change its numbers, or is slower: the logger `tapekit` says so.
         steps_per_execution: the largest number of steps between two looks of the host; `"auto"` lets the
             host look at least about ten times a second.
 

@@ -119,7 +119,8 @@ class Callback(Configurable, keras.callbacks.Callback):
             so that what it sees is live and a stop asked for there takes effect there.
         replayable: `True` says that the hooks read `step` and `logs` alone. They are then called for
             every step in order, after a chunk, and never make a chunk shorter.
-        loop: the `OptimizationLoop` that runs it; `self.loop.stop("reason")` ends the run.
+        loop: what runs it, an `OptimizationLoop`, or in `keras.Model.fit` an object with its `stop`,
+            `evaluate` and `optimizer`; `self.loop.stop("reason")` ends the run.
 
     Example:
         >>> import tapekit as tk, tensorflow as tf

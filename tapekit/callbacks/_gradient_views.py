@@ -154,7 +154,7 @@ class GradientStatistics(_PeriodicCallback):
         zeros       the share of entries that are zero, from 0 to 1
         non_finite  the share of entries that are NaN or infinite, from 0 to 1
 
-    A run ends at the first gradient that is not finite; to see where that is, look at every step.
+    A loop ends at the first gradient that is not finite; to see where that is, look at every step.
 
     Args:
         every: at every how many steps; compiled chunks of steps end there.
