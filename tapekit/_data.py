@@ -12,6 +12,7 @@ import tensorflow as tf
 from keras import tree
 from keras.src.trainers.data_adapters import array_slicing, get_data_adapter
 from keras.src.trainers.data_adapters.array_data_adapter import ArrayDataAdapter
+from keras.src.trainers.data_adapters.tf_dataset_adapter import TFDatasetAdapter
 
 
 class Portion(NamedTuple):
@@ -130,6 +131,11 @@ class Batches:
         self._left: int | None = None
         self._over = True
         self._adapter.on_epoch_end()  # as Keras does before the first epoch, so that a PyDataset shuffles
+
+    @property
+    def may_raise(self) -> bool:
+        """Whether Python code makes the batches, whose error in a later one must lose nothing of an earlier one."""
+        return self._arrays is None and not isinstance(self._adapter, (ArrayDataAdapter, TFDatasetAdapter))
 
     @property
     def on_device(self) -> bool:

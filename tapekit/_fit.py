@@ -296,7 +296,7 @@ class FitRun(Run):
         if self._portion.key != self._shape:
             self._shape = self._portion.key
             self._driver.prepare(self.dispatch.period(self._batches.num_batches or 1 << 30), self._portion)
-        limit = super().steps_to_next_edge()
+        limit = 1 if self._batches.may_raise else super().steps_to_next_edge()
         return limit if self._portion.length is None else min(limit, self._portion.length)
 
     def advance(self, limit: int) -> Advance:
@@ -311,6 +311,7 @@ class FitRun(Run):
 
     def end_epoch(self) -> None:
         """Ends an epoch as Keras does: with the results of the metrics, and an evaluation where one is due."""
+        self.dispatch.end_batches(self.step, self.logs)
         last = keras_logs(self.logs)
         logs = dict(self._model._get_metrics_result_or_logs({name: last.get(name) for name in self._objective.names}))
         if self._validation and self._validation.due(self._epoch):

@@ -32,8 +32,8 @@ class OptimizationResult:
 
     Attributes:
         loss: the loss at `variables`, evaluated once more after the last step; after an exception, the
-            last recorded one; after `fit`, that of the last epoch as Keras reports it, or the mean over its batches for a
-            model with its own `train_step`.
+            last recorded one; after `fit`, that of the last epoch as Keras reports it, or the mean over
+            its batches for a model with its own `train_step`.
         variables: the final values, NumPy arrays in the structure in which the variables were given.
         steps: the number of updates.
         evaluations: how often the loss was evaluated, the final evaluation included. The one that finds

@@ -16,6 +16,7 @@ import keras
 import tensorflow as tf
 from keras import tree
 
+from tapekit._arguments import check_count
 from tapekit._body import StepBody
 from tapekit._data import Portion
 from tapekit._drivers import Advance, Driver, logger, make_driver
@@ -34,6 +35,8 @@ class Session(keras.callbacks.Callback):
 
     To these it is what the loop is elsewhere, their `loop`.
     """
+
+    of_model_fit = True  # by which a loop that is given the same list knows to leave it out
 
     def __init__(self, everyone: keras.callbacks.CallbackList) -> None:
         super().__init__()
@@ -65,9 +68,10 @@ class Session(keras.callbacks.Callback):
         self._dispatch = Dispatch(self._ours, None, hooks=("on_step",))
         for hook in self._dispatch.gradient_hooks:
             if asks_for_intermediates(hook):
+                owner = type(getattr(hook, "__self__", hook)).__name__
                 raise ValueError(
-                    f"on_gradient of {type(hook.__self__).__name__} must do without `intermediates` in keras.Model.fit,"
-                    " which does not take them; use loop.fit."
+                    f"on_gradient of {owner} must do without `intermediates` in keras.Model.fit, which does not take"
+                    " them; use loop.fit."
                 )
         self._keeps_batches = any(isinstance(callback, CheckGradients) for callback in self._ours)
         self._driver = self._driver_of = self._batch = None
@@ -176,7 +180,7 @@ class Session(keras.callbacks.Callback):
         model = self._target
         build_model(model, model.optimizer, spec, model.run_eagerly)
         hooks = self._dispatch.gradient_hooks
-        criteria = [callback.criterion for callback in self._ours if isinstance(callback, StopWhen)]
+        criteria = check_count([callback.criterion for callback in self._ours if isinstance(callback, StopWhen)])
         key = self._keras_function, tuple(map(id, (*model.trainable_variables, *criteria))), tuple(hooks)
         kept = vars(self._ours[0]).get("_program_in_fit")
         if kept is None or kept[0] != key:
@@ -204,7 +208,8 @@ def _join(callback: Callback) -> None:
     if session is None:
         session = Session(everyone)
         session.set_model(callback.model if everyone.model is None else everyone.model)
-        greeting = keras.callbacks.LambdaCallback(on_train_begin=session.greet)
+        greeting: Any = keras.callbacks.LambdaCallback(on_train_begin=session.greet)
+        greeting.of_model_fit = True
         everyone.callbacks = [greeting, *everyone.callbacks, session]
     session.joined.append(callback)
 

@@ -171,6 +171,13 @@ class Dispatch:
         for item in self._hooks["on_epoch_begin"]:
             item.call(epoch, {})
 
+    def end_batches(self, step: int, logs: dict[str, Any]) -> None:
+        """Calls the batch hooks that wait for more batches than the epoch had, as Keras does, with `step` its last."""
+        batches = step - self._first + 1
+        for item in self._hooks.get("on_train_batch_end", ()):
+            if item.from_epoch and item.every and batches % item.every:
+                item.call(batches + -batches % item.every - 1, keras_logs(logs))
+
     def end_epoch(self, epoch: int, logs: dict[str, Any]) -> None:
         """Ends an epoch, with the logs that Keras callbacks expect."""
         for item in self._hooks["on_epoch_end"]:
@@ -185,7 +192,11 @@ class Dispatch:
         epoch, batch = self._place(step)
         if epoch is not None and batch == 0:
             self._call("on_epoch_begin", epoch, {}, lambda item: item.replayable is replayable)
-        self._call("on_train_batch_begin", batch, {}, lambda item: item.replayable is replayable)
+
+        def due(item: _Registration) -> bool:
+            return item.replayable is replayable and not (item.from_epoch and item.every and batch % item.every)
+
+        self._call("on_train_batch_begin", batch, {}, due)
 
     def _end(self, step: int, logs: dict[str, Any], live: bool) -> None:
         epoch, batch = self._place(step)
