@@ -28,6 +28,7 @@ from tapekit._model import (
     jit_compile_for,
     needs_scaling,
     step_for,
+    updater_for,
 )
 from tapekit._objective import Objective, check_variables, required_arguments
 from tapekit._optimizers import Updater
@@ -474,7 +475,7 @@ class OptimizationLoop(Hooks, Configurable):
             tuple(map(id, kept)),
             dispatch,
             criteria,
-            lambda: (objective, Updater(optimizer), variables, step_for(self.step, objective), True),
+            lambda: (objective, updater_for(optimizer, model), variables, step_for(self.step, objective), True),
             eager,
             jit_compile_for(model, self.jit_compile),
         )

@@ -93,7 +93,10 @@ def build_model(model: Any, optimizer: Any, spec: Any, eager: bool) -> None:
         # A train_step of its own may call other layers than the model, or with something else than the inputs.
         with contextlib.suppress(*([Exception] if has_own_train_step(model) else [])):
             inputs, _, _ = keras.utils.unpack_x_y_sample_weight(spec)
+            before = [(variable, tf.identity(tf_variable(variable))) for variable in model.variables]
             model(tree.map_structure(lambda s: tf.zeros([size or 1 for size in s.shape], s.dtype), inputs))
+            for variable, value in before:  # some layers draw random numbers in every call
+                variable.assign(value)
         if _is_built(model) or not has_own_train_step(model):
             return
     objective = ModelObjective(model)
