@@ -100,12 +100,12 @@ class StopAt(keras.callbacks.Callback):
             self.model.stop_training = True
 
 
-def _events(steps_per_execution, stop, run, others=()):
+def _events(steps_per_execution, stop, run, others=(), batches=6):
     events = []
     recorder = _recorder(keras.callbacks.Callback, events)()
     model = make_model(steps_per_execution=steps_per_execution, metrics=["mae"])
     callbacks = [recorder, *([StopAt(stop)] if stop else []), *others]
-    x, y = data()
+    x, y = data(batches)
     more = {"batch_size": 2, "epochs": 2, "shuffle": False, "verbose": 0}
     run(model, x, y, callbacks=callbacks, validation_data=(x[:2], y[:2]), **more)
     return events
@@ -114,13 +114,12 @@ def _events(steps_per_execution, stop, run, others=()):
 @functools.cache
 def _of_fit(steps_per_execution, stop):
     """The events of `Model.fit`, where the end of several batches together is at the last of them."""
-    events, begun = [], 0
+    events = []
     for owner, hook, position, logs in _events(
         steps_per_execution, stop, lambda model, *args, **more: model.fit(*args, **more)
     ):
-        begun = position if hook == "on_train_batch_begin" else begun
-        if hook == "on_train_batch_end":  # older Keras gives the first one here, newer Keras more than there are
-            position = min(begun + steps_per_execution, PER_EPOCH) - 1
+        if hook == "on_train_batch_end":  # older Keras gives the first of them
+            position -= position % steps_per_execution - steps_per_execution + 1
         events.append((owner, hook, position, logs))
     return events
 
@@ -136,7 +135,10 @@ def chunks(request):
 
 @pytest.mark.parametrize(
     ("chunks", "steps_per_execution", "stop"),
-    [("eager", 1, 7), ("graph", 1, 7), ("xla", 1, None)],
+    [
+        *(("eager", 1, 7), ("graph", 1, 7), ("eager", 3, None), ("graph", 3, 7), ("xla", 3, 7)),
+        ("graph by single steps", 3, None),
+    ],
     indirect=["chunks"],
 )
 def test_keras_hooks_come_in_the_order_of_fit_with_its_logs(chunks, steps_per_execution, stop):
@@ -145,6 +147,23 @@ def test_keras_hooks_come_in_the_order_of_fit_with_its_logs(chunks, steps_per_ex
     assert [event[:3] for event in events] == [event[:3] for event in expected]
     for (*_, logs), (*_, of_fit) in zip(events, expected, strict=True):
         assert logs == pytest.approx(of_fit, rel=1e-6)
+
+
+@pytest.mark.parametrize("driver", ["graph"], indirect=True)
+def test_a_callback_that_sees_every_step_leaves_the_hooks_of_the_others_as_they_are(driver):
+    seen = []
+    events = _events(3, None, tk.OptimizationLoop(**driver).fit, [lambda step, logs: seen.append(step)])
+    assert [event[:3] for event in events] == [event[:3] for event in _of_fit(3, None)]
+    assert seen == list(range(1, 13))
+
+
+@pytest.mark.parametrize("chunks", ["eager", "graph by single steps"], indirect=True)
+def test_the_hooks_of_batches_that_the_end_of_an_epoch_cuts_short_are_called(chunks):
+    events = _events(3, None, tk.OptimizationLoop(**chunks).fit, batches=5)
+    places = [event[1:3] for event in events if event[1].startswith("on_train_batch")]
+    begin, end = "on_train_batch_begin", "on_train_batch_end"
+    assert places == [(begin, 0), (end, 2), (begin, 3), (end, 5)] * 2
+    assert [event[3]["loss"] for event in events if event[1] == end][1] == pytest.approx(mean_loss(1, 5), rel=1e-6)
 
 
 @pytest.mark.parametrize("chunks", ["eager", "graph", "graph by single steps"], indirect=True)
@@ -638,7 +657,6 @@ class Sequence(keras.utils.PyDataset):
         return data(1)
 
 
-@pytest.mark.parametrize("driver", ["eager"], indirect=True)
 @pytest.mark.parametrize("source", [_generator, Sequence])
 def test_an_exception_in_the_data_source_leaves_the_last_whole_step(source, driver):
     model = make_model()
