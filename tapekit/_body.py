@@ -62,6 +62,8 @@ class StepBody:
         self.allow_unused = allow_unused
         self._measures = {name: (call, required_arguments(call)) for name, call in measures.items()}
         self._hooks = hooks
+        arguments = {argument for _, required in self._measures.values() for argument in required}
+        self._gradients_wanted = bool(hooks or arguments - {"intermediates"} or self.needs.intersection(_RECORDED))
         start = State(0, 0, [criterion.init() for criterion in criteria])
         self.initial: State = tree.map_structure(np.asarray, start)
         """The state before the first step, of NumPy arrays."""
@@ -71,6 +73,7 @@ class StepBody:
         self.objective.bind(batch)
         names = {*self._measures, *(name for name in _RECORDED if name in self.needs)}
         problem = Problem(self.objective, self.updater, self.variables, self._hooks, self.allow_unused, names)
+        problem.gradients_wanted = self._gradients_wanted
         before = [tf.identity(tf_variable(v)) for v in self.variables] if "variables_change" in self.needs else []
         taken = self.step.take(problem)
         if not isinstance(taken, Mapping) or "loss" not in taken:

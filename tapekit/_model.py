@@ -298,10 +298,10 @@ class TrainStep(Step):
         self.objective.given(logs)
         problem.evaluations = 1
         if problem.gradients is None:
-            if problem.has_hooks:
+            if problem.gradients_wanted:
                 raise ValueError(
                     "`train_step` must give its gradients to a Keras optimizer that is an attribute of the model, for"
-                    " the on_gradient hooks to see them, received none."
+                    " hooks, criteria and measures to see them, received none."
                 )
             problem.gradients = []
         return {"loss": _scalar(losses.true(logs))}

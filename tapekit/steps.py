@@ -67,6 +67,7 @@ class Problem:
         self.intermediates: dict[str, Any] = {}
         self.recorded: dict[str, Any] = {}
         self.evaluations = 0
+        self.gradients_wanted = False
         self._updates = 0
         self._objective = objective
         self._updater = updater
@@ -147,7 +148,7 @@ class Problem:
         variables = self.variables if variables is None else variables
         true = _after_checks(gradients)
         gradients, recorded = list(true), {}
-        with recording(recorded):
+        with recording(recorded, self._updates):
             for hook in self._hooks:
                 offered = asks_for_intermediates(hook) or (self.intermediates and _takes_intermediates(hook))
                 more = {"intermediates": dict(self.intermediates)} if offered else {}

@@ -13,17 +13,29 @@ import keras
 from tapekit._config import Configurable
 from tapekit._describe import check_integer, describe
 
+_updates_before: contextvars.ContextVar[int] = contextvars.ContextVar("updates_before", default=0)
 _recording: contextvars.ContextVar[dict[str, Any] | None] = contextvars.ContextVar("recording", default=None)
 
 
 @contextlib.contextmanager
-def recording(records: dict[str, Any]) -> Iterator[None]:
-    """Sends what `record` is given inside the block to `records`."""
-    token = _recording.set(records)
+def recording(records: dict[str, Any], updates_before: int = 0) -> Iterator[None]:
+    """Sends what `record` is given inside the block to `records`.
+
+    Args:
+        records: where to.
+        updates_before: how many updates the step has made before, as one with several optimizers does.
+    """
+    token, place = _recording.set(records), _updates_before.set(updates_before)
     try:
         yield
     finally:
         _recording.reset(token)
+        _updates_before.reset(place)
+
+
+def updates_before() -> int:
+    """Returns how many updates the step has made before the one that the hook is called for."""
+    return _updates_before.get()
 
 
 joining: list[Callable[[Any], None]] = []

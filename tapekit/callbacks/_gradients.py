@@ -11,7 +11,8 @@ import tensorflow as tf
 
 from tapekit._describe import check_integer, check_real, describe, unique_names
 from tapekit._tensors import map_values, tf_variable
-from tapekit.callbacks._base import Callback
+from tapekit.callbacks._base import Callback, updates_before
+from tapekit.callbacks._variables_model import VariablesModel
 
 
 class ClipGradients(Callback):
@@ -100,6 +101,8 @@ class CountingCallback(Callback):
     def count(self) -> Any:
         """Returns how many steps came before this one, a scalar of int64; called once in `on_gradient`."""
         before = self._counter.read_value()
+        if updates_before():  # by another optimizer in the same step
+            return before - 1
         self._counter.assign_add(1)
         return before
 
@@ -205,7 +208,7 @@ class FreezeVariables(CountingCallback):
     def on_gradient(self, gradients, variables):
         """Returns the gradients with zeros for the frozen variables."""
         names = unique_names(variables)
-        matched = matching(self.pattern, names, "pattern")
+        matched = matching(self.pattern, names, "pattern", self.model)
         decayed = [name for name, v in zip(names, variables, strict=True) if name in matched and self._decays(v)]
         if decayed:
             raise ValueError(
@@ -274,7 +277,7 @@ class ScaleGradients(Callback):
         names = unique_names(variables)
         scaled = dict(zip(names, gradients, strict=True))
         for pattern, factor in self.factors.items():
-            for name in matching(pattern, names, "factors"):
+            for name in matching(pattern, names, "factors", self.model):
                 scaled[name] = _scaled(scaled[name], factor)
         return scaled
 
@@ -339,10 +342,12 @@ def state_variable(shape: Any, dtype: Any) -> tf.Variable:
     return tf.Variable(tf.zeros(shape, dtype), trainable=False)
 
 
-def matching(pattern: str, names: Sequence[str], argument: str) -> list[str]:
-    """Returns the names in which a regular expression is found, or raises if there are none."""
+def matching(pattern: str, names: Sequence[str], argument: str, model: Any) -> list[str]:
+    """Returns the names in which a regular expression is found, or raises if there are none in the whole model."""
     found = [name for name in names if re.search(pattern, name)]
-    if not found:
+    # A train_step with several optimizers updates only a part of the variables of its model at a time.
+    others = [] if isinstance(model, VariablesModel) else unique_names(model.trainable_variables)
+    if not found and not any(re.search(pattern, name) for name in others):
         raise ValueError(f"`{argument}` must match a variable, one of {', '.join(names)}, received {pattern!r}.")
     return found
 
