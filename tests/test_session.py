@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import json
 import logging
@@ -56,7 +55,7 @@ def data(batches=PER_EPOCH):
 
 
 def fit(model, callbacks=(), epochs=3, batches=PER_EPOCH, **more):
-    settings = {"batch_size": 2, "epochs": epochs, "shuffle": False, "verbose": 0, "callbacks": list(callbacks)}
+    settings = {"batch_size": 2, "epochs": epochs, "shuffle": False, "verbose": 0, "callbacks": callbacks}
     return model.fit(**{**dict(zip("xy", data(batches), strict=True)), **settings, **more}).history
 
 
@@ -137,24 +136,27 @@ def test_hooks_criteria_and_gradient_callbacks_work_in_a_plain_list_of_callbacks
             return [0.5 * gradient for gradient in gradients]
 
     statistics = tk.callbacks.GradientStatistics(every=10)
-    stop = StopWhen(stopping.GradientNormBelow(0.02) | stopping.WallTime(600))
+    stop = StopWhen(stopping.GradientNormBelow(0.1) | stopping.WallTime(600))
     mine, model = Mine(), make_model(**driver)
-    fit(model, [tk.callbacks.ClipGradients(global_norm=1.0), statistics, stop, mine], epochs=100)
-    # Clipped to 1 and halved, the gradient moves the weight by 1/8 until it is below 1, and then by 1/4 of the rest.
+    fit(model, [tk.callbacks.ClipGradients(global_norm=4.0), statistics, stop, mine], epochs=100)
+    # Clipped to 4 and halved, the gradient moves the weight by 1/2 until it is below 4, and then by 1/4 of the rest.
     distances, norms = [4.0], []
-    while not norms or norms[-1] > 0.02:
+    while not norms or norms[-1] > 0.1:
         norms.append(2.0 * distances[-1])
-        distances.append(distances[-1] - 0.125 * min(norms[-1], 1.0))
-    assert mine.steps == list(range(1, len(norms) + 1))
+        distances.append(distances[-1] - 0.125 * min(norms[-1], 4.0))
+    count = len(norms)
+    assert mine.steps == list(range(1, count + 1))
     assert mine.losses == pytest.approx([distance**2 for distance in distances[:-1]], rel=1e-4)
     assert [logs["unclipped_norm"] for logs in mine.logs] == pytest.approx(norms, rel=1e-4)
     assert mine.live == pytest.approx([4.0 - distance for distance in distances[1:]], rel=1e-5)
-    assert taken(model) == len(norms)
-    assert statistics.steps.tolist() == list(range(10, len(norms) + 1, 10))
-    looked = np.minimum(norms[9::10], 1.0)
+    assert (taken(model), mine.traced) == (count, count if driver == EAGER else 1)
+    assert statistics.steps.tolist() == list(range(10, count + 1, 10))
+    looked = np.minimum(norms[9::10], 4.0)
     np.testing.assert_allclose(statistics.statistics["halving/last/kernel"]["norm"], looked, rtol=1e-4)
-    assert (stop.reason, mine.traced) == (tk.StopReason.CONVERGED, mine.traced if driver == EAGER else 1)
-    assert stop.message.startswith(f"GradientNormBelow: the gradient norm {norms[-1]:.3g} (ord=2) at step {len(norms)}")
+    assert stop.reason is tk.StopReason.CONVERGED
+    assert stop.message == (
+        f"GradientNormBelow: the gradient norm {norms[-1]:.3g} (ord=2) at step {count} is at most 0.1"
+    )
 
 
 @in_drivers("eager", "executions")
@@ -200,7 +202,7 @@ GRADIENT_CALLBACKS = {
     "clip by value": lambda: tk.callbacks.ClipGradients(value=0.1),
     "clip by norm": lambda: tk.callbacks.ClipGradients(norm=0.1),
     "noise": lambda: tk.callbacks.GradientNoise(0.1),
-    "freeze": lambda: tk.callbacks.FreezeVariables("first", until=3),
+    "freeze": lambda: tk.callbacks.FreezeVariables("first", until=2),
     "scale": lambda: tk.callbacks.ScaleGradients({"last": 0.1}),
     "centralize": tk.callbacks.CentralizeGradients,
 }
@@ -209,14 +211,13 @@ GRADIENT_CALLBACKS = {
 @pytest.mark.parametrize("name", GRADIENT_CALLBACKS)
 def test_a_gradient_callback_does_what_it_does_in_the_loop(name):
     model, other, plain = (_two_layers(**EAGER) for _ in range(3))
-    _fit_samples(model, [GRADIENT_CALLBACKS[name]()])
+    _fit_samples(model, [GRADIENT_CALLBACKS[name]()], epochs=1)
     x, y = _samples()
     loop = tk.OptimizationLoop(callbacks=[GRADIENT_CALLBACKS[name]()])
-    loop.fit(other, x, y, batch_size=4, epochs=2, shuffle=False, verbose=0)
-    _fit_samples(plain)
+    loop.fit(other, x, y, batch_size=4, shuffle=False, verbose=0)
+    _fit_samples(plain, epochs=1)
     assert_same(everything(model), everything(other))
-    assert np.any(model.layers[0].kernel.numpy() != plain.layers[0].kernel.numpy()) or name == "scale"
-    assert np.any(model.layers[1].kernel.numpy() != plain.layers[1].kernel.numpy())
+    assert any(np.any(one != two) for one, two in zip(everything(model), everything(plain), strict=True))
 
 
 @in_drivers("eager", "executions")
@@ -236,10 +237,10 @@ def test_check_gradients_compares_with_the_loss_of_the_batch_of_the_step(driver)
         def on_gradient(self, gradients, variables):
             return [1.1 * gradient for gradient in gradients]
 
-    check = tk.callbacks.CheckGradients(steps=3, entries=1)
+    check = tk.callbacks.CheckGradients(steps=2, entries=1)
     model, plain = _two_layers(**driver), _two_layers(**driver)
     history = _fit_samples(model, [check, Watch()])
-    assert (check.checked, check.failed) == (3 * 4, 0)
+    assert (check.checked, check.failed) == (2 * 4, 0)
     assert history == _fit_samples(plain)
     assert_same(everything(model), everything(plain))
     with pytest.raises(ValueError, match=r"^the gradient must be that of the loss; at step 1 "):
@@ -400,17 +401,17 @@ def _embedding():
 MODELS = {
     "layers built at the first batch": _compiled(Subclassed),
     "compute_loss": _compiled(OwnLoss),
-    "train_step": _compiled(lambda: _functional(OwnStep)),
+    "train_step": _compiled(lambda: _functional(OwnStep), metrics=None),
     "metrics": _compiled(lambda: _functional(OwnMetrics), loss=None, metrics=None),
     "two optimizers": _adversaries,
     "metrics of several values": _compiled(
         lambda: _functional(outputs=2), metrics=lambda: ["mae", keras.metrics.F1Score(name="f1")]
     ),
     "accumulation": _compiled(_functional, optimizer=lambda: keras.optimizers.SGD(0.1, gradient_accumulation_steps=2)),
-    "averages": _compiled(
-        _functional, optimizer=lambda: keras.optimizers.Adam(0.1, use_ema=True, ema_overwrite_frequency=3)
+    "averages and decay": _compiled(
+        _functional,
+        optimizer=lambda: keras.optimizers.AdamW(0.1, clipnorm=0.5, use_ema=True, ema_overwrite_frequency=3),
     ),
-    "decay": _compiled(_functional, optimizer=lambda: keras.optimizers.AdamW(0.1, clipnorm=0.5)),
     "indexed slices": _compiled(_embedding),
 }
 
@@ -426,7 +427,7 @@ def _with_and_without(name, driver, callbacks):
     for given in (callbacks, []):
         model, (x, y) = MODELS[name](**driver), _data_for(name)
         held_out = None if name == "two optimizers" else (x[:6], y[:6])
-        history = _fit_samples(model, given, x=x, y=y, validation_data=held_out)
+        history = _fit_samples(model, given, x=x, y=y, epochs=1, validation_data=held_out)
         results.append((model, history))
     return results
 
@@ -446,7 +447,7 @@ def test_an_eager_fit_with_hooks_that_change_nothing_is_bit_equal_to_a_plain_one
     watch, stop = Watch(), StopWhen(stopping.GradientNormBelow(0.0) | stopping.VariablesChangeBelow(-0.0).for_steps(9))
     looking = [tk.callbacks.GradientStatistics(), tk.callbacks.ClipGradients(global_norm=1e9)]
     model = assert_equal_fits(name, EAGER, [watch, stop, *looking])
-    assert watch.steps == list(range(1, 9))
+    assert watch.steps == [1, 2, 3, 4]
     assert len(looking[0].statistics) <= len(model.trainable_variables)
 
 
@@ -458,11 +459,13 @@ def test_an_eager_fit_with_hooks_that_change_nothing_is_bit_equal_to_a_plain_one
 def test_a_compiled_fit_with_hooks_that_change_nothing_is_bit_equal_to_a_plain_one(name, driver):
     watch = Watch()
     assert_equal_fits(name, driver, [watch])
-    assert watch.steps == list(range(1, 9))
+    assert watch.steps == [1, 2, 3, 4]
 
 
 def test_a_fit_under_xla_with_hooks_that_change_nothing_is_bit_equal_to_a_plain_one():
-    assert_equal_fits("averages", DRIVERS["xla"], [Watch()])
+    model, plain = make_model(**DRIVERS["xla"]), make_model(**DRIVERS["xla"])
+    assert fit(model, [Watch()], epochs=1) == fit(plain, epochs=1)
+    assert_same(everything(model), everything(plain))
 
 
 # What runs before, between and after.
@@ -486,16 +489,18 @@ def test_plain_fits_before_and_after_are_those_of_a_model_that_never_saw_our_cal
 
 def test_a_second_fit_traces_nothing_until_the_model_is_compiled_anew_or_others_are_called_back():
     model, watch, stop = make_model(), Watch(), StopWhen(stopping.LossBelow(0.0))
-    traces = []
-    for callbacks in ([watch, stop], [watch, stop], [watch, stop, Half()], [watch, StopWhen(stopping.LossBelow(0.0))]):
-        fit(model, callbacks, epochs=1)
-        traces.append(watch.traced)
+    other, traces = StopWhen(stopping.LossBelow(0.0)), []
+    for callbacks in ([watch, stop], [watch, other], [watch, stop, Half()], [watch, stop]):
+        for _ in range(2):
+            fit(model, callbacks, epochs=1)
+            traces.append(watch.traced)
     model.compile(keras.optimizers.SGD(0.0), "mse")
+    model.layers[-1].kernel.assign([[1.0]])
     for _ in range(2):
         fit(model, [watch, stop], epochs=1)
         traces.append(watch.traced)
-    assert traces == [1, 1, 2, 3, 4, 4]
-    assert watch.live[-1] == watch.live[-10]
+    assert traces == [1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
+    assert watch.live[-10:] == 10 * [1.0]
 
 
 def test_a_model_that_is_compiled_anew_in_the_middle_of_a_fit_goes_on_with_its_new_optimizer_and_loss():
@@ -547,7 +552,7 @@ def test_keras_callbacks_hear_of_batches_as_without_ours():
             on_train_batch_end=lambda batch, logs: events.append(("end", batch, logs)),
             on_epoch_end=lambda epoch, logs: events.append((epoch, logs)),
         )
-        fit(model, [*callbacks, keep], epochs=2, validation_data=data(1))
+        fit(model, [*callbacks, keep], epochs=2, batches=4, validation_data=data(2))
         return events
 
     assert heard([Watch(), StopWhen(stopping.LossBelow(0.0))]) == heard([])
@@ -575,9 +580,10 @@ class _Batches:
 @in_drivers("eager", "executions")
 def test_a_criterion_stops_at_the_exact_step_inside_an_execution_and_takes_no_more_data(driver):
     batches, model, stop = _Batches(), make_model(**driver), StopWhen(stopping.LossBelow(loss(6) * 1.01))
-    ends, held_out = [], data(1)
+    ends, held_out = [], data(64)
     keep = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: ends.append(logs))
-    model.fit(batches.dataset(), epochs=4, verbose=0, callbacks=[stop, keep], validation_data=held_out)
+    more = {"epochs": 4, "shuffle": False, "verbose": 0, "validation_data": held_out}
+    model.fit(batches.dataset(), callbacks=[stop, keep], **more)
     assert (taken(model), batches.taken) == (6, 6)
     assert weight_of(model) == pytest.approx(weight(6), rel=1e-6)
     assert stop.message == f"LossBelow: the loss {loss(6):.6g} at step 6 is at most {loss(6) * 1.01:g}"
@@ -721,13 +727,11 @@ def test_hooks_see_unscaled_gradients_and_skipped_steps_under_mixed_precision(dr
 
     model, plain = _mixed(2.0**15, **driver), _mixed(2.0**15, **driver)  # in which float16 overflows at first
     watch = Watch()
-    history = fit(model, [watch, tk.callbacks.ClipGradients(global_norm=1e6)], epochs=2)
-    expected = fit(plain, epochs=2)
-    skipped = [logs["skipped"] for logs in watch.logs]
-    assert skipped == sorted(skipped, reverse=True)
-    assert 0 < sum(skipped) < 9
-    assert watch.live[: sum(skipped)] == sum(skipped) * [0.0]
-    assert watch.losses == pytest.approx(sum(skipped) * [16.0] + [loss(step) for step in range(1, 11 - sum(skipped))])
+    history = fit(model, [watch, tk.callbacks.ClipGradients(global_norm=1e6)], epochs=2, batches=4)
+    expected = fit(plain, epochs=2, batches=4)
+    assert [logs["skipped"] for logs in watch.logs] == 3 * [True] + 5 * [False]
+    assert watch.live[:3] == 3 * [0.0]
+    assert watch.losses == pytest.approx(3 * [16.0] + [loss(step) for step in range(1, 6)])
     assert history == expected
     assert_same(everything(model), everything(plain))
 
@@ -798,9 +802,9 @@ SOURCES = {
 @pytest.mark.parametrize("source", SOURCES)
 @in_drivers("eager", "executions")
 def test_data_of_every_kind_is_taken_as_without_ours(source, driver):
-    results = []
-    for callbacks in ([Watch()], []):
-        model, more = make_model(metrics=["mae"], **driver), SOURCES[source]()
+    results = []  # compared with an eager one, as compiled ones of Keras count a step more where data ends unforeseen
+    for callbacks, settings in (([Watch()], driver), ([], EAGER)):
+        model, more = make_model(metrics=["mae"], **settings), SOURCES[source]()
         y = more.pop("y", None)
         history = model.fit(**{"y": y, "epochs": 3, "shuffle": False, "verbose": 0, "callbacks": callbacks, **more})
         results.append((history.history, everything(model), taken(model)))
@@ -854,26 +858,35 @@ def test_a_callback_may_be_wrapped_or_be_inside_of_another():
             self.inner.set_model(model)
 
     class Decorated(Watch):
-        @functools.wraps(tk.Callback.set_model)
-        def set_model(self, *arguments):
-            return super().set_model(*arguments)
+        def set_model(self, model):
+            super().set_model(model)
 
-    Decorated.set_model = (lambda function: lambda *arguments: function(*arguments))(Decorated.set_model)
-    callbacks = [Around(Watch()), Decorated()]
-    fit(make_model(**EAGER), callbacks, epochs=1)
-    assert callbacks[0].inner.steps == callbacks[1].steps == list(range(1, PER_EPOCH + 1))
+    def decorate(function):
+        return lambda *arguments: function(*arguments)
+
+    Decorated.set_model = decorate(Decorated.set_model)
+    for callback in (Around(Watch()), Decorated()):
+        fit(make_model(**EAGER), [callback], epochs=1)
+        assert getattr(callback, "inner", callback).steps == list(range(1, PER_EPOCH + 1))
 
 
 def test_a_list_of_callbacks_of_the_users_own_serves_several_fits_and_models():
-    watch, models = Watch(), [make_model(**EAGER), make_model(**EAGER)]
-    everyone = keras.callbacks.CallbackList([watch], add_history=True, model=models[0])
+    watch, stop, models = Watch(), StopWhen(stopping.MaxIterations(4)), [make_model(**EAGER), make_model(**EAGER)]
+    everyone = keras.callbacks.CallbackList([watch, stop], add_history=True, model=models[0])
     for model in (models[0], models[0], models[1]):
         if model is not models[0]:
             everyone.set_model(model)
         watch.steps = []
-        model.fit(*data(), batch_size=2, verbose=0, callbacks=everyone)
-        assert watch.steps == list(range(1, PER_EPOCH + 1))
-    assert [taken(model) for model in models] == [2 * PER_EPOCH, PER_EPOCH]
+        fit(model, everyone, epochs=2)
+        assert (watch.steps, stop.reason) == ([1, 2, 3, 4], tk.StopReason.LIMIT)
+    assert [taken(model) for model in models] == [8, 4]
+
+
+def test_more_criteria_than_a_step_has_bits_for_are_refused():
+    model = make_model(**EAGER)
+    with pytest.raises(ValueError, match=r"^`stopping` must hold at most 28 criteria, received 32\.$"):
+        fit(model, [StopWhen(stopping.LossBelow(0.0)) for _ in range(32)])
+    assert taken(model) == 0
 
 
 @in_drivers("eager", "graph")
