@@ -468,6 +468,16 @@ def test_a_fit_under_xla_with_hooks_that_change_nothing_is_bit_equal_to_a_plain_
     assert_same(everything(model), everything(plain))
 
 
+def test_jit_compile_of_the_model_is_honoured():
+    class Python(tk.Callback):
+        def on_gradient(self, gradients, variables):
+            return [tf.ensure_shape(tf.numpy_function(np.abs, [g], g.dtype), g.shape) for g in gradients]
+
+    fit(make_model(), [Python()], epochs=1)
+    with pytest.raises(ValueError, match=r"^`jit_compile` must be False .* XLA cannot compile this step"):
+        fit(make_model(**DRIVERS["xla"]), [Python()], epochs=1)
+
+
 # What runs before, between and after.
 
 
@@ -952,6 +962,15 @@ def test_two_models_take_turns_with_the_same_callbacks():
             assert len(capture.gradients) == len(models[index].trainable_variables)
     for model, other in zip(models, plain, strict=True):
         assert_same(everything(model), everything(other))
+
+
+def test_callbacks_that_look_at_gradients_forget_the_variables_of_the_run_before():
+    x, y, capture = tf.Variable(1.0, name="x"), tf.Variable(2.0, name="y"), tk.callbacks.CaptureGradients()
+    loop = tk.OptimizationLoop("sgd", run_eagerly=True, callbacks=[capture])
+    for steps, run in ((3, lambda: x**2 + y**2), (2, lambda: x**2)):
+        loop.minimize(run, [x, y], callbacks=[StopWhen(stopping.MaxIterations(steps))], allow_unused=True)
+    assert list(capture.gradients) == ["x"]
+    assert capture.steps.tolist() == [1, 2]
 
 
 @pytest.mark.parametrize("same", [True, False])
