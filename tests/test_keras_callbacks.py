@@ -10,6 +10,7 @@ import contextlib
 import csv
 import dataclasses
 import http.server
+import importlib
 import inspect
 import json
 import re
@@ -31,8 +32,9 @@ import tapekit as tk
 from tapekit.callbacks._variables_model import VariablesModel
 
 PAGE = Path(__file__).parents[1] / "docs" / "keras_callbacks.md"
-MINIMIZE = "loop.minimize"
-COLUMNS = (MINIMIZE,)
+MINIMIZE, FIT = "loop.minimize", "loop.fit"
+COLUMNS = {MINIMIZE: "test_keras_callbacks.py", FIT: "test_keras_callbacks_in_fit.py"}
+"""The columns of the table, and where their checks are."""
 DRIVERS = {"compiled": {}, "eager": {"run_eagerly": True}}
 OLDEST = "3.6"
 START = {"x": np.float32(0.0), "y": np.float32([3.0, -1.0])}
@@ -676,40 +678,60 @@ def server():
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as listening:
         thread = threading.Thread(target=listening.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
-        yield f"http://127.0.0.1:{listening.server_port}", received
-        listening.shutdown()
-        thread.join()
+        try:
+            yield f"http://127.0.0.1:{listening.server_port}", received
+        finally:
+            listening.shutdown()
+            thread.join()
 
 
-def board(case, rate=0.25, epoch_length=1, **arguments):
-    """Runs three steps with TensorBoard; returns what its files hold by step and tag.
+def with_tensorboard(monkeypatch):
+    """Plays the part of the package tensorboard, which newer TensorFlow does not bring along.
 
-    The package tensorboard, which newer TensorFlow does not bring along, has its part played here: it
-    formats a value, and TensorFlow writes it.
+    It formats a value, and TensorFlow writes it.
     """
 
-    def write(name, data, step=None, description=None, buckets=None):
+    def write(name, data, step=None, **how):
         metadata = tf.compat.v1.SummaryMetadata()
         metadata.plugin_data.plugin_name = "scalars"
         return tf.summary.write(name, tf.cast(data, tf.float32), step=step, metadata=metadata)
 
     v2 = types.SimpleNamespace(scalar=write, histogram=write, image=write)
     for name in ("tensorboard", "tensorboard.summary", "tensorboard.summary.v2"):
-        case.monkeypatch.setitem(sys.modules, name, v2)
-    case.minimize(
-        [keras.callbacks.TensorBoard(case.folder, **arguments)], rate=rate, steps=3, epoch_length=epoch_length
-    )
+        monkeypatch.setitem(sys.modules, name, v2)
+    projector = types.SimpleNamespace(ProjectorConfig=tf.compat.v1.SummaryMetadata)
+    monkeypatch.setitem(sys.modules, "tensorboard.plugins", types.SimpleNamespace(projector=projector))
+
+
+def events_in(folder):
+    """Returns what the event files of a folder hold by step and tag."""
     events = {}
-    for path in sorted((case.folder / "train").iterdir()):
+    for path in sorted(folder.glob("*tfevents*")):
         for record in tf.data.TFRecordDataset(str(path)):
             event = tf.compat.v1.Event.FromString(record.numpy())
             for found in event.summary.value:
                 assert (event.step, found.tag) not in events
-                events[event.step, found.tag] = tf.make_ndarray(found.tensor)
+                value = tf.make_ndarray(found.tensor)
+                events[event.step, found.tag] = value.tolist() if value.dtype.kind in "OS" else value
     return events
 
 
+def board(case, rate=0.25, epoch_length=1, **arguments):
+    """Runs three steps with TensorBoard; returns what its files hold by step and tag."""
+    with_tensorboard(case.monkeypatch)
+    case.minimize(
+        [keras.callbacks.TensorBoard(case.folder, **arguments)], rate=rate, steps=3, epoch_length=epoch_length
+    )
+    return events_in(case.folder / "train")
+
+
 # The table.
+
+
+def every_check():
+    """The checks of both columns."""
+    importlib.import_module("test_keras_callbacks_in_fit")
+    return CHECKS
 
 
 def classes():
@@ -720,19 +742,20 @@ def classes():
 def without_entry(names):
     """A sentence for each callback that a column of the table has no check of."""
     return [
-        f"keras.callbacks.{name} has no entry for {column}: add a check of it to {Path(__file__).name}."
-        for column in COLUMNS
+        f"keras.callbacks.{name} has no entry for {column}: add a check of it to {file}."
+        for column, file in COLUMNS.items()
         for name in sorted(names)
-        if name not in {item.callback for item in CHECKS if item.column == column}
+        if name not in {item.callback for item in every_check() if item.column == column}
     ]
 
 
 def table():
     """The table of the docs: a row a callback, with the phrases of its checks."""
+    checks = every_check()
     lines = ["| callback | " + " | ".join(f"in `{column}`" for column in COLUMNS) + " |"]
     lines.append("| --- |" + " --- |" * len(COLUMNS))
-    for name in sorted({item.callback for item in CHECKS}, key=str.lower):
-        cells = ["; ".join(i.phrase for i in CHECKS if (i.callback, i.column) == (name, column)) for column in COLUMNS]
+    for name in sorted({item.callback for item in checks}, key=str.lower):
+        cells = ["; ".join(i.phrase for i in checks if (i.callback, i.column) == (name, column)) for column in COLUMNS]
         lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -742,11 +765,14 @@ def page():
     return PAGE.read_text(encoding="utf-8").partition("| callback |")[0] + table()
 
 
-APPLYING = [item for item in CHECKS if item.applies]
+def applying(column):
+    """Returns what parametrizes a test by the checks of a column that apply to this Keras, and by the drivers."""
+    items = [item for item in CHECKS if item.column == column and item.applies]
+    by_item = pytest.mark.parametrize("item", items, ids=[f"{item.callback}-{item.run.__name__}" for item in items])
+    return lambda test: pytest.mark.parametrize("driver", DRIVERS)(by_item(test))
 
 
-@pytest.mark.parametrize("driver", DRIVERS)
-@pytest.mark.parametrize("item", APPLYING, ids=[f"{i.callback}-{i.run.__name__}" for i in APPLYING])
+@applying(MINIMIZE)
 def test_callback_does_what_the_table_says(item, driver, tmp_path, capsys, monkeypatch):
     item.run(Case(DRIVERS[driver], tmp_path, capsys, monkeypatch))
 
@@ -757,13 +783,14 @@ def test_every_callback_of_keras_has_an_entry_in_the_table():
 
 def test_a_callback_that_a_newer_keras_brings_is_named():
     assert without_entry([*classes(), "Telepathy"]) == [
-        f"keras.callbacks.Telepathy has no entry for {column}: add a check of it to test_keras_callbacks.py."
-        for column in COLUMNS
+        f"keras.callbacks.Telepathy has no entry for {column}: add a check of it to {file}."
+        for column, file in COLUMNS.items()
     ]
 
 
-def test_entries_of_callbacks_that_this_keras_lacks_are_for_newer_versions():
-    assert {item.callback for item in APPLYING} == set(classes())
+@pytest.mark.parametrize("column", COLUMNS)
+def test_entries_of_callbacks_that_this_keras_lacks_are_for_newer_versions(column):
+    assert {item.callback for item in every_check() if item.applies and item.column == column} == set(classes())
 
 
 def test_the_table_in_the_docs_is_the_one_that_these_checks_make():
@@ -780,6 +807,7 @@ def test_a_model_without_an_optimizer_of_keras_is_saved_without_it(tmp_path):
 
 
 if __name__ == "__main__":
-    if pytest.main([__file__, "-k", test_callback_does_what_the_table_says.__name__]):
+    if pytest.main([*(str(Path(__file__).with_name(file)) for file in COLUMNS.values()), "-k", "callback_does_what"]):
         sys.exit("The table is not written, as a check has failed.")
-    PAGE.write_text(page(), encoding="utf-8")
+    collected = importlib.import_module("test_keras_callbacks")  # which has the checks that pytest has found
+    PAGE.write_text(collected.page(), encoding="utf-8")
