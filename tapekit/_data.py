@@ -13,6 +13,7 @@ from keras import tree
 from keras.src.trainers.data_adapters import array_slicing, get_data_adapter
 from keras.src.trainers.data_adapters.array_data_adapter import ArrayDataAdapter
 from keras.src.trainers.data_adapters.tf_dataset_adapter import TFDatasetAdapter
+from keras.src.trainers.epoch_iterator import EpochIterator
 
 
 class Portion(NamedTuple):
@@ -21,6 +22,7 @@ class Portion(NamedTuple):
     Attributes:
         key: tells batches of one shape from those of another.
         spec: the `tf.TypeSpec`s of a batch.
+        size: how many samples a batch has; 0 if that may differ.
         feed: what a compiled chunk is given to find its batches in, a structure of tensors or an iterator.
         length: how many batches there are at most; `None` if that is not known.
         batch: inside a graph, `batch(feed, n)` is the n-th batch of the portion; `None` for a stream, whose
@@ -30,6 +32,7 @@ class Portion(NamedTuple):
 
     key: str = ""
     spec: Any = ()
+    size: int = 0
     feed: Any = ()
     length: int | None = None
     batch: Callable[[Any, Any], Any] | None = lambda feed, n: ()
@@ -65,10 +68,12 @@ class _DevicePass:
             return _each(lambda array: tf.gather(array, rows), arrays)
 
         if size not in self._specs:
-            spec = _each(lambda array: tf.TensorSpec([size, *array.shape[1:]], array.dtype), self._arrays)
+            # Where batches differ in size Keras does not know it while it traces, which its losses of outputs show.
+            known = None if self._full and self._rest else size
+            spec = _each(lambda array: tf.TensorSpec([known, *array.shape[1:]], array.dtype), self._arrays)
             self._specs[size] = repr(spec), spec
         return Portion(
-            *self._specs[size], feed, self._full - self._next if is_full else 1, batch, lambda: batch(feed, 0)
+            *self._specs[size], size, feed, self._full - self._next if is_full else 1, batch, lambda: batch(feed, 0)
         )
 
     def advance(self, count: int) -> None:
@@ -85,7 +90,7 @@ class _StreamPass:
 
     def portion(self) -> Portion:
         """Returns the batches that are left."""
-        return Portion(self._key, self._iterator.element_spec, self._iterator, None, None, self._iterator.__next__)
+        return Portion(self._key, self._iterator.element_spec, 0, self._iterator, None, None, self._iterator.__next__)
 
     def advance(self, count: int) -> None:
         """The iterator knows where it is."""
@@ -210,6 +215,8 @@ class Batches:
         self._over = True
         if self._known and self._seen >= self._known:
             self._pass = None
+            if self._arrays is None and self._steps_per_epoch is None and hasattr(EpochIterator, "reset"):
+                iter(self._dataset)  # as newer versions of Keras do, so that a dataset shuffles as it does there
         self._adapter.on_epoch_end()
 
     def _warn(self) -> None:

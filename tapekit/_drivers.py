@@ -135,6 +135,9 @@ class EagerDriver(Driver):
             batch = portion.take()
         except StopIteration:
             return Advance(state, 0, 0, int(state.evaluations), {}, None, exhausted=True)
+        if portion.key:
+            self.body.objective.bind(batch)
+            self.body.variables[:] = self.body.objective.build()
         self.body.updater.save([*self.body.variables, *self.body.objective.variables])
         try:
             state, row, fired = self.body(state, tf.constant(seconds, tf.float64), batch)
@@ -234,7 +237,8 @@ class CompiledDriver(Driver):
 
     def _set(self, program: _Program, period: int, portion: Portion) -> None:
         self._period = min(period, self._longest)
-        program.jit = self._jit and (self._strict or portion.length != 1)  # a lone batch is not worth a compilation
+        # A lone batch is not worth a compilation, and what XLA refuses would be lost to a stream.
+        program.jit = self._jit and (self._strict or (portion.batch is not None and portion.length != 1))
         program.capacity = self._capacity(program)
 
     @property
@@ -349,7 +353,7 @@ class CompiledDriver(Driver):
         """Takes the steps in one call."""
         program = self._programs[portion.key]
         feed = [leaf for leaf in tf.nest.flatten(portion.feed, expand_composites=True) if leaf is not None]
-        key = program.jit, program.capacity, *((part.shape, part.dtype) for part in feed)
+        key = program.jit, program.capacity, portion.size, *((part.shape, part.dtype) for part in feed)
         started = time.perf_counter()
         fresh = key not in program.chunks
         if fresh:
@@ -409,8 +413,9 @@ def make_driver(body: StepBody, eager: bool, jit_compile: bool | str, longest: i
     finds that at its first step, before it applies anything.
     """
     if body.objective.needs_batch:
-        body.updater.check(body.variables)
-        body.updater.build(body.updater.native(body.variables))
+        if body.variables:
+            body.updater.check(body.variables)
+            body.updater.build(body.updater.native(body.variables))
         body.step.build(body.variables)
         return EagerDriver(body, longest) if eager else CompiledDriver(body, longest, None, jit_compile)
     if eager:

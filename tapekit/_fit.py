@@ -86,7 +86,7 @@ class FitArguments:
             x,
             y,
             sample_weight,
-            self.batch_size,
+            None if self.batch_size is None else int(self.batch_size),
             self.steps_per_epoch,
             self.shuffle,
             self.class_weight,
@@ -173,7 +173,11 @@ class Validation:
         while portion := batches.portion():
             assert portion.length
             assert portion.batch
-            key = portion.key, tuple(leaf.shape for leaf in tree.flatten(portion.feed) if leaf is not None)
+            key = (
+                portion.key,
+                portion.size,
+                tuple(leaf.shape for leaf in tree.flatten(portion.feed) if leaf is not None),
+            )
             if key not in functions:
                 functions[key] = tf.function(functools.partial(_test, model, portion.batch), autograph=False)
             count = min(portion.length, self.AT_ONCE)
@@ -293,8 +297,8 @@ class FitRun(Run):
 
     def steps_to_next_edge(self) -> int:
         """Returns how many steps may be taken before somebody needs the host, or the batches change their shape."""
-        if self._portion.key != self._shape:
-            self._shape = self._portion.key
+        if (self._portion.key, self._portion.size) != self._shape:
+            self._shape = self._portion.key, self._portion.size
             self._driver.prepare(self.dispatch.period(self._batches.num_batches or 1 << 30), self._portion)
         limit = 1 if self._batches.may_raise else super().steps_to_next_edge()
         return limit if self._portion.length is None else min(limit, self._portion.length)

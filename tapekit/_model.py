@@ -87,18 +87,8 @@ def jit_compile_for(model: Any, jit_compile: bool | str) -> bool | str:
 
 def build_model(model: Any, optimizer: Any, spec: Any, eager: bool) -> None:
     """Makes the variables of a model and its metrics that are made at the first batch, outside of the compiled step."""
-    if _is_built(model) and (eager or _has_state(model, optimizer)):
-        return
-    if eager:
-        # A train_step of its own may call other layers than the model, or with something else than the inputs.
-        with contextlib.suppress(*([Exception] if has_own_train_step(model) else [])):
-            inputs, _, _ = keras.utils.unpack_x_y_sample_weight(spec)
-            before = [(variable, tf.identity(tf_variable(variable))) for variable in model.variables]
-            model(tree.map_structure(lambda s: tf.zeros([size or 1 for size in s.shape], s.dtype), inputs))
-            for variable, value in before:  # some layers draw random numbers in every call
-                variable.assign(value)
-        if _is_built(model) or not has_own_train_step(model):
-            return
+    if eager or (_is_built(model) and _has_state(model, optimizer)):
+        return  # an eager step sees to that itself
     objective = ModelObjective(model)
 
     def step(batch: Any) -> None:
@@ -141,7 +131,7 @@ def step_for(step: Step, objective: ModelObjective) -> Step:
     """Returns the strategy, or the model's own `train_step` if it has one."""
     if has_own_train_step(objective.model):
         return TrainStep(objective)
-    return step if objective.model.trainable_variables else NoStep()
+    return step if objective.model.trainable_variables or not _is_built(objective.model) else NoStep()
 
 
 def updater_for(optimizer: Any, model: Any) -> Updater:
@@ -169,6 +159,18 @@ class ModelObjective:
         self.batch = tree.map_structure(_without_optional, batch)
         self._metrics = None
         self._logs = {}
+
+    def build(self) -> list[Any]:
+        """Makes the variables of a model that makes them at its first batch; returns the trainable ones.
+
+        Some layers draw random numbers in every call, so what there was before is put back.
+        """
+        if not (has_own_train_step(self.model) or _is_built(self.model)):
+            before = [(variable, tf.identity(tf_variable(variable))) for variable in self.model.variables]
+            self.model(keras.utils.unpack_x_y_sample_weight(self.batch)[0])
+            for variable, value in before:
+                variable.assign(value)
+        return list(self.model.trainable_variables)
 
     def __call__(self) -> tuple[tf.Tensor, dict[str, tf.Tensor]]:
         """Evaluates the loss as `train_step` of Keras does; metrics see the first evaluation of a step alone."""

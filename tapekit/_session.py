@@ -157,7 +157,7 @@ class Session(keras.callbacks.Callback):
         """Returns the batches to come, or the next one alone where that is kept or all there is."""
         spec = getattr(iterator, "element_spec", None)
         if spec is not None and not self._keeps_batches:
-            return Portion(repr(spec), spec, iterator, None, None, iterator.__next__)
+            return Portion(repr(spec), spec, 0, iterator, None, None, iterator.__next__)
         batch = next(iterator, None)
         if batch is None:
             return None
@@ -165,7 +165,7 @@ class Session(keras.callbacks.Callback):
             batch = tree.map_structure(lambda leaf: leaf if leaf is None else tf.convert_to_tensor(leaf), batch)
             spec = tree.map_structure(lambda leaf: leaf if leaf is None else tf.type_spec_from_value(leaf), batch)
         self._batch = batch if self._keeps_batches else None
-        return Portion(repr(spec), spec, batch, 1, lambda feed, n: feed, lambda: batch)
+        return Portion(repr(spec), spec, 0, batch, 1, lambda feed, n: feed, lambda: batch)
 
     def _choose_driver(self, spec: Any) -> None:
         """Takes the driver for the present `train_function`, which is another one when the model is compiled anew."""
