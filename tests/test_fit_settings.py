@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 
 import keras
@@ -891,7 +892,11 @@ def test_criteria_stop_a_train_step_of_its_own_at_the_exact_step(driver):
     assert norms.history["gradient_norm"][0] == pytest.approx(plain.history["gradient_norm"][0], rel=1e-5)
 
 
-@pytest.mark.parametrize("name", ["compute_loss", "own metrics"])
+@pytest.mark.parametrize(
+    ("name", "driver"),
+    [("compute_loss", "eager"), ("adversaries", "eager"), ("adversaries", "graph")],
+    indirect=["driver"],
+)
 def test_callbacks_that_look_at_gradients_do_so_once_a_step_of_a_train_step_of_its_own(name, driver):
     statistics, capture = tk.callbacks.GradientStatistics(every=3), tk.callbacks.CaptureGradients(every=2)
     keras.utils.set_random_seed(0)
@@ -903,6 +908,21 @@ def test_callbacks_that_look_at_gradients_do_so_once_a_step_of_a_train_step_of_i
     for gradients in capture.gradients.values():
         assert np.all(np.abs(gradients).max(axis=tuple(range(1, gradients.ndim))) > 0.0)
         assert len(np.unique(gradients[:, ...].reshape(4, -1)[:, 0])) == 4
+
+
+@pytest.mark.parametrize("driver", ["graph"], indirect=True)
+def test_variables_of_one_of_two_optimizers_are_frozen_for_as_many_steps(driver):
+    keras.utils.set_random_seed(0)
+    model, seen = _adversaries(), []
+    parts = model.discriminator.trainable_variables, model.generator.trainable_variables
+    look = lambda step, logs: seen.append([np.concatenate([np.ravel(v) for v in part]) for part in parts])  # noqa: E731
+    look(0, {})
+    callbacks = [tk.callbacks.FreezeVariables("^d/"), tk.callbacks.FreezeVariables("^g/", until=3), look]
+    tk.OptimizationLoop(**driver).fit(model, *data(), callbacks=callbacks, **SETTINGS)
+    moved = [
+        [bool(np.any(one != other)) for one, other in zip(*pair, strict=True)] for pair in itertools.pairwise(seen)
+    ]
+    assert moved == [[False, False]] * 3 + [[False, True]] * 5
 
 
 def test_evaluate_is_the_loss_of_a_train_step_of_its_own_and_changes_nothing():
@@ -1000,6 +1020,21 @@ def test_a_train_step_that_shows_its_gradients_to_no_optimizer_runs_unless_someb
     result = tk.OptimizationLoop(**driver).fit(model, *data(), **SETTINGS)
     assert np.mean(result.history["loss"][4:]) < np.mean(result.history["loss"][:4])
     loop = tk.OptimizationLoop(callbacks=[tk.callbacks.ClipGradients(norm=1.0)], **driver)
+    with pytest.raises(ValueError, match=_NO_GRADIENTS):
+        loop.fit(model, *data(), **SETTINGS)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"stopping": stopping.GradientNormBelow(1e-3)},
+        {"measures": {"norm": lambda gradients: tf.linalg.global_norm(gradients)}},
+    ],
+    ids=["criterion", "measure"],
+)
+def test_criteria_and_measures_of_gradients_that_nobody_sees_are_refused(settings):
+    model = compiled(functional(WithHiddenOptimizer), SGD(0.1), None)
+    loop = tk.OptimizationLoop(run_eagerly=True, **settings)
     with pytest.raises(ValueError, match=_NO_GRADIENTS):
         loop.fit(model, *data(), **SETTINGS)
 
