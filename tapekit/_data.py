@@ -69,7 +69,7 @@ class _DevicePass:
 
         if size not in self._specs:
             # Where batches differ in size Keras does not know it while it traces, which its losses of outputs show.
-            known = None if self._full and self._rest else size
+            known = None if self._rest else size
             spec = _each(lambda array: tf.TensorSpec([known, *array.shape[1:]], array.dtype), self._arrays)
             self._specs[size] = repr(spec), spec
         return Portion(
@@ -158,6 +158,10 @@ class Batches:
     def num_batches(self) -> int | None:
         """How many batches an epoch has, if that is known."""
         return self._steps_per_epoch or self._known
+
+    def reset(self) -> None:
+        """Makes the next epoch begin with a new pass over the data."""
+        self._pass = None
 
     def begin_epoch(self) -> None:
         """Begins an epoch, with a new pass over the data unless an epoch is only a part of one."""

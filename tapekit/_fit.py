@@ -168,6 +168,7 @@ class Validation:
         model = self._model
         callbacks.on_test_begin()
         model.reset_metrics()
+        batches.reset()
         batches.begin_epoch()
         logs: dict[str, Any] = {}
         while portion := batches.portion():
