@@ -266,6 +266,19 @@ def hooks_of_several_batches(case):
     """where the model is compiled with `steps_per_execution=n` the hooks of batches come once for n of them"""
 
     def program(fit):
+        fit([fit.watch()], x=X[:3], y=Y[:3], batch_size=1)
+        return fit.seen
+
+    seen = case.compare(program, steps_per_execution=3)
+    assert [item[2] for item in seen if item[1] == "on_train_batch_begin"] == [0] * 2
+    assert [item[2] for item in seen if item[1] == "on_train_batch_end"] == [2] * 2
+
+
+@check("Callback", FIT, since="3.7")
+def hooks_of_fewer_batches(case):
+    """and once for the fewer batches at the end of an epoch"""
+
+    def program(fit):
         fit([fit.watch()], x=X, y=Y, batch_size=1)
         return fit.seen
 
