@@ -560,10 +560,11 @@ def files_of_batches(case):
 
     def program(fit):
         path = fit.folder / "{epoch}-{batch}-{loss:.2f}.weights.h5"
-        fit([keras.callbacks.ModelCheckpoint(path, save_freq=2, save_weights_only=True)])
+        keep = keras.callbacks.ModelCheckpoint(path, save_freq=2, save_weights_only=True)
+        fit([keep], x=X, y=Y, batch_size=1)
         return contents(fit.folder)
 
-    assert [name[:3] for name in case.compare(program)] == ["1-2", "2-1", "2-3"]
+    assert [name[:3] for name in case.compare(program)] == ["1-2", "1-4", "2-1", "2-3", "2-5"]
 
 
 @check("ModelCheckpoint", FIT, since="3.11")
