@@ -362,8 +362,22 @@ class SAM(tk.Step):
         return logs
 
 
+class CountsEvaluations(keras.Model):
+    """A model with a metric that its own compute_loss updates."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.seen = keras.metrics.Sum(name="seen")
+
+    def compute_loss(self, *args, **kwargs):
+        self.seen.update_state(1.0)
+        return super().compute_loss(*args, **kwargs)
+
+
 def test_a_step_that_evaluates_twice_shows_the_first_evaluation_alone_to_metrics(every_driver):
-    model = make_model(metrics=["mae", keras.metrics.MeanMetricWrapper(lambda y, p: p, name="prediction")])
+    model = make_model(
+        CountsEvaluations, metrics=["mae", keras.metrics.MeanMetricWrapper(lambda y, p: p, name="prediction")]
+    )
     result = fit(tk.OptimizationLoop(step=SAM(), **every_driver), model, epochs=2)
     weights = [0.0]
     for _ in range(10):
@@ -374,7 +388,8 @@ def test_a_step_that_evaluates_twice_shows_the_first_evaluation_alone_to_metrics
     np.testing.assert_allclose(result.history["loss"], (np.array(weights[:-1]) - 4) ** 2, rtol=1e-6)
     first, second = np.array(weights[:5]), np.array(weights[5:10])
     expected = {"loss": lambda w: (w - 4) ** 2, "mae": lambda w: abs(w - 4), "prediction": lambda w: w}
-    assert set(result.epoch_history) == set(expected)
+    assert set(result.epoch_history) == {*expected, "seen"}
+    assert result.epoch_history["seen"].tolist() == [5.0, 5.0]
     for name, of in expected.items():
         np.testing.assert_allclose(result.epoch_history[name], [of(first).mean(), of(second).mean()], rtol=1e-6)
     # Those of a step are about the epoch so far.
@@ -547,6 +562,7 @@ def test_a_stop_takes_effect_before_the_next_step(hook, driver):
     steps = 5 if hook == "on_epoch_end" else 0
     assert (result.steps, last_weight(model)) == (steps, weight(steps))
     assert result.message == f"stopped at step {steps}: from {hook}"
+    assert len(result.epoch_history.get("loss", ())) <= 1
 
 
 def test_a_keras_callback_stops_at_its_batch_and_mixes_with_tapekits(every_driver):
