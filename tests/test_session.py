@@ -96,7 +96,7 @@ class Watch(tk.Callback):
         self.steps.append(step)
         self.losses.append(logs["loss"])
         self.logs.append(dict(logs))
-        if self.model is not None:
+        if self.model is not None and self.model.trainable_variables:
             self.live.append(weight_of(self.model))
 
 
