@@ -200,6 +200,8 @@ class Batches:
         self._seen = 0
         self._passes += 1
         if self._arrays is None:
+            if self._shuffle and isinstance(self._adapter, ArrayDataAdapter):
+                self._dataset = self._adapter.get_tf_dataset()  # the same one would shuffle in the same order again
             self._pass = _StreamPass(self._dataset)
         else:
             self._pass = _DevicePass(self._arrays, self._adapter.batch_size, self._order())

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
+from numbers import Integral
 from typing import Any
 
 import keras
@@ -58,6 +61,11 @@ class FitArguments:
             raise ValueError(f'`verbose` must be 0, 1, 2 or "auto", received {describe(self.verbose)}.')
         if self.shuffle not in (True, False, "batch"):
             raise ValueError(f'`shuffle` must be True, False or "batch", received {describe(self.shuffle)}.')
+        weights = self.class_weight
+        if weights is not None and not (isinstance(weights, dict) and all(isinstance(k, Integral) for k in weights)):
+            raise TypeError(
+                f"`class_weight` must be a dict of weights by the numbers of classes, received {describe(weights)}."
+            )
         if not 0.0 <= check_real(self.validation_split, "validation_split", 0.0) < 1.0:
             raise ValueError(f"`validation_split` must be below 1, received {self.validation_split}.")
         epochs: Any = tree.flatten(self.validation_freq)
@@ -75,28 +83,45 @@ class FitArguments:
         held_out = self.validation_data
         if self.validation_split and held_out is None:
             whole = x, y, sample_weight
-            split: Any = train_validation_split(whole, validation_split=self.validation_split)
+            with _naming("`validation_split`"):
+                split: Any = train_validation_split(whole, validation_split=self.validation_split)
             (x, y, sample_weight), held_out = split
         infinite = isinstance(x, tf.data.Dataset) and x.cardinality() == tf.data.INFINITE_CARDINALITY
         if infinite and not (self.steps_per_epoch or endless):
             raise ValueError(
                 "`steps_per_epoch` or a criterion must end an epoch of data without end, received none of them."
             )
-        batches = Batches(
-            x,
-            y,
-            sample_weight,
-            None if self.batch_size is None else int(self.batch_size),
-            self.steps_per_epoch,
-            self.shuffle,
-            self.class_weight,
-            self.device_bytes,
-        )
+        with _naming("`x`, `y` and `sample_weight`"):
+            batches = Batches(
+                x,
+                y,
+                sample_weight,
+                None if self.batch_size is None else int(self.batch_size),
+                self.steps_per_epoch,
+                self.shuffle,
+                self.class_weight,
+                self.device_bytes,
+            )
+        if batches.num_batches == 0:
+            raise ValueError(f"`x` must hold at least one sample, received {describe(self.x)}.")
         if held_out is None:
             return batches, None
         batch_size = self.validation_batch_size or self.batch_size
         freq, steps = self.validation_freq, self.validation_steps
-        return batches, Validation(model, held_out, batch_size, steps, freq, self.device_bytes)
+        with _naming("`validation_data`"):
+            return batches, Validation(model, held_out, batch_size, steps, freq, self.device_bytes)
+
+
+@contextlib.contextmanager
+def _naming(arguments: str) -> Iterator[None]:
+    """Puts what Keras says against data into one sentence that begins with the names of the arguments."""
+    try:
+        yield
+    except (ValueError, TypeError, AttributeError) as error:
+        reason = re.sub(r"\.\s+(?=[A-Z])", "; ", " ".join(str(error).split())).rstrip(".")
+        raise ValueError(
+            f"{arguments} must be data that keras.Model.fit takes, of which Keras says: {reason}."
+        ) from error
 
 
 def keras_defaults(callbacks: Sequence[Any], verbose: Any) -> list[Any]:
@@ -140,6 +165,8 @@ class Validation:
         self._data = keras.utils.unpack_x_y_sample_weight(data)
         # Only arrays, since whoever looks at a generator takes a batch from it.
         self._batches: Batches | None = None
+        if not hasattr(self._data[0], "__iter__") and not isinstance(self._data[0], keras.utils.PyDataset):
+            raise TypeError(f"they are {describe(data)}")
         if can_convert_arrays(self._data):
             batches = Batches(*self._data, batch_size, steps, device_bytes=device_bytes)
             self._batches = batches if batches.on_device else None

@@ -63,6 +63,11 @@ def compile_model(model: Any, optimizer: Any, loss: Any, metrics: Any) -> None:
             f" received {describe(metrics)}."
         )
     if not model.compiled:
+        for item in tree.flatten(loss):
+            keras.losses.get(item)  # which raises for a name that it does not know, as `compile` does not
+        for item in tree.flatten(metrics):
+            if item not in ("accuracy", "acc", "crossentropy", "ce"):
+                keras.metrics.get(item)
         of_keras = isinstance(optimizer, keras.optimizers.Optimizer)  # which is all that compile takes
         model.compile(optimizer=optimizer if of_keras else None, loss=loss, metrics=metrics)
 
