@@ -551,7 +551,14 @@ def test_evaluate_changes_nothing(driver):
     assert_equal(evaluated(0), evaluated(2))
 
 
-@pytest.mark.parametrize("hook", ["on_train_begin", "on_epoch_begin", "on_train_batch_begin", "on_epoch_end"])
+@pytest.mark.parametrize(
+    ("hook", "driver"),
+    [
+        *(("on_train_begin", "eager"), ("on_epoch_begin", "graph"), ("on_train_batch_begin", "eager")),
+        *(("on_train_batch_begin", "graph"), ("on_epoch_end", "graph")),
+    ],
+    indirect=["driver"],
+)
 def test_a_stop_takes_effect_before_the_next_step(hook, driver):
     def stop(self, *position, logs=None):
         self.calls = getattr(self, "calls", 0) + 1
@@ -601,11 +608,13 @@ def _assert_can_be_used_again(loop, model, compiled, before):
 
 
 @pytest.mark.parametrize(
-    ("hook", "when", "steps", "own"),
+    ("hook", "when", "steps", "own", "driver"),
     [
-        *(("on_step", 7, 7, False), ("on_step", 7, 7, True)),
-        *(("on_train_batch_end", 3, 4, False), ("on_epoch_end", 1, 10, True), ("on_epoch_begin", 1, 5, False)),
+        *(("on_step", 7, 7, False, "eager"), ("on_step", 7, 7, False, "graph"), ("on_step", 7, 7, True, "graph")),
+        *(("on_train_batch_end", 3, 4, False, "graph"), ("on_epoch_begin", 1, 5, False, "eager")),
+        *(("on_epoch_end", 1, 10, True, "eager"), ("on_epoch_end", 1, 10, False, "graph")),
     ],
+    indirect=["driver"],
 )
 def test_after_an_exception_in_a_hook_everything_is_as_after_the_last_step(hook, when, steps, own, driver):
     model = make_model()
