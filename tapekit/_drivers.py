@@ -413,8 +413,8 @@ def make_driver(body: StepBody, eager: bool, jit_compile: bool | str, longest: i
     finds that at its first step, before it applies anything.
     """
     if body.objective.needs_batch:
-        if body.variables:
-            body.updater.check(body.variables)
+        body.updater.check(body.variables)
+        if body.variables and not eager:  # whose first batch may make more variables
             body.updater.build(body.updater.native(body.variables))
         body.step.build(body.variables)
         return EagerDriver(body, longest) if eager else CompiledDriver(body, longest, None, jit_compile)
