@@ -127,9 +127,13 @@ class Batches:
         self._steps_per_epoch = steps_per_epoch
         self._shuffle = shuffle
         self._arrays = _device_arrays(self._adapter, device_bytes)
-        self._dataset: Any = self._adapter.get_tf_dataset() if self._arrays is None else None
+        self._ordered = bool(shuffle) and isinstance(self._adapter, ArrayDataAdapter)
+        self._stream_order: Any = None
+        self._dataset: Any = None
+        if self._arrays is None:
+            self._dataset = self._ordered_stream() if self._ordered else self._adapter.get_tf_dataset()
         self._known = self._adapter.num_batches
-        self._seed = random.getrandbits(64) if shuffle and self._arrays is not None else 0
+        self._seed = random.getrandbits(64) if self._ordered else 0
         self._passes = 0
         self._pass: Any = None
         self._seen = 0
@@ -200,8 +204,8 @@ class Batches:
         self._seen = 0
         self._passes += 1
         if self._arrays is None:
-            if self._shuffle and isinstance(self._adapter, ArrayDataAdapter):
-                self._dataset = self._adapter.get_tf_dataset()  # the same one would shuffle in the same order again
+            if self._ordered:
+                self._stream_order.assign(self._order())
             self._pass = _StreamPass(self._dataset)
         else:
             self._pass = _DevicePass(self._arrays, self._adapter.batch_size, self._order())
@@ -210,12 +214,27 @@ class Batches:
         """Returns the order of the samples in this pass, which depends on the seed and the pass alone."""
         if not self._shuffle:
             return None
-        samples, size = _samples(self._arrays), self._adapter.batch_size
+        samples, size = _samples(self._adapter._inputs), self._adapter.batch_size
         generator = np.random.default_rng((self._seed, self._passes))
         if self._shuffle != "batch":
             return generator.permutation(samples)
         starts = range(0, samples, size)
         return np.concatenate([start + generator.permutation(min(size, samples - start)) for start in starts])
+
+    def _ordered_stream(self) -> tf.data.Dataset:
+        """Returns the batches of arrays as a pipeline, in the order that a variable holds when a pass begins."""
+        samples, size = _samples(self._adapter._inputs), self._adapter.batch_size
+        self._stream_order = tf.Variable(np.arange(samples), trainable=False)
+
+        def rows(n: Any) -> Any:
+            found = self._stream_order[n * size : (n + 1) * size]
+            return found if samples % size else tf.ensure_shape(found, [size])
+
+        sliceable = array_slicing.convert_to_sliceable(self._adapter._inputs, target_backend="tensorflow")
+        arrays = tf.data.Dataset.from_tensors(tree.lists_to_tuples(sliceable)).repeat()
+        order = tf.data.Dataset.range(-(-samples // size)).map(rows)
+        gathered = tf.data.Dataset.zip((order, arrays)).map(_gather, num_parallel_calls=tf.data.AUTOTUNE)
+        return gathered.prefetch(tf.data.AUTOTUNE)
 
     def _end_epoch(self) -> None:
         self._over = True
@@ -231,6 +250,15 @@ class Batches:
             " `epochs` batches are needed, for which a tf.data.Dataset may be repeated.",
             stacklevel=2,
         )
+
+
+def _gather(rows: Any, arrays: Any) -> Any:
+    def gather(leaf: Any) -> Any:
+        if isinstance(leaf, array_slicing.TensorflowSparseWrapper):
+            return array_slicing.slice_tensorflow_sparse_wrapper(leaf, rows)
+        return None if isinstance(leaf, (list, tuple, dict)) else tf.gather(leaf, rows)
+
+    return tree.traverse(gather, arrays)
 
 
 def _device_arrays(adapter: Any, most_bytes: int) -> Any:

@@ -91,6 +91,8 @@ class FitArguments:
             raise ValueError(
                 "`steps_per_epoch` or a criterion must end an epoch of data without end, received none of them."
             )
+        if not [leaf for leaf in tree.flatten(x) if leaf is not None]:
+            raise ValueError(f"`x` must be data that keras.Model.fit takes, received {describe(x)}.")
         with _naming("`x`, `y` and `sample_weight`"):
             batches = Batches(
                 x,
@@ -207,7 +209,8 @@ class Validation:
                 tuple(leaf.shape for leaf in tree.flatten(portion.feed) if leaf is not None),
             )
             if key not in functions:
-                functions[key] = tf.function(functools.partial(_test, model, portion.batch), autograph=False)
+                test = tf.function(model.test_step, autograph=False).get_concrete_function(portion.spec)
+                functions[key] = tf.function(functools.partial(_test, test, portion.batch), autograph=False)
             count = min(portion.length, self.AT_ONCE)
             logs = functions[key](tf.constant(count), portion.feed)
             batches.advance(count, False)
@@ -242,18 +245,18 @@ def _watches_batches(callback: Any) -> bool:
     return not isinstance(callback, keras.callbacks.ProgbarLogger) and any(overridden(callback, hook) for hook in hooks)
 
 
-def _test(model: Any, batch_of: Callable[[Any, Any], Any], count: Any, feed: Any) -> Any:
+def _test(test_step: Callable[[Any], Any], batch_of: Callable[[Any, Any], Any], count: Any, feed: Any) -> Any:
     """Evaluates a model on the first `count` batches; returns the logs of the last."""
 
     def proceed(done: Any) -> Any:
         return done < count - 1
 
     def test(done: Any) -> Any:
-        model.test_step(batch_of(feed, done))
+        test_step(batch_of(feed, done))
         return (done + 1,)
 
     tf.while_loop(proceed, test, (tf.constant(0),), parallel_iterations=1)
-    return model.test_step(batch_of(feed, count - 1))
+    return test_step(batch_of(feed, count - 1))
 
 
 class FitRun(Run):
