@@ -224,7 +224,8 @@ class Batches:
     def _ordered_stream(self) -> tf.data.Dataset:
         """Returns the batches of arrays as a pipeline, in the order that a variable holds when a pass begins."""
         samples, size = _samples(self._adapter._inputs), self._adapter.batch_size
-        self._stream_order = tf.Variable(np.arange(samples), trainable=False)
+        start: Any = np.arange(samples)
+        self._stream_order = tf.Variable(start, trainable=False)
 
         def rows(n: Any) -> Any:
             found = self._stream_order[n * size : (n + 1) * size]
