@@ -23,7 +23,8 @@ from tapekit import _session as _session
 from tapekit import callbacks, steps, stopping
 from tapekit._loop import OptimizationLoop
 from tapekit._optimizers import minimize
-from tapekit._result import OptimizationResult, StopReason
+from tapekit._nonfinite import Rollback
+from tapekit._result import NonFiniteError, OptimizationResult, StopReason
 from tapekit._tape import PersistentTape, TapeReleasedError, intermediate
 from tapekit._version import __version__ as __version__
 from tapekit.callbacks import Callback
@@ -32,10 +33,12 @@ from tapekit.steps import MinimizeStep, Problem, Step, TapeStep
 __all__ = [
     "Callback",
     "MinimizeStep",
+    "NonFiniteError",
     "OptimizationLoop",
     "OptimizationResult",
     "PersistentTape",
     "Problem",
+    "Rollback",
     "Step",
     "StopReason",
     "TapeReleasedError",

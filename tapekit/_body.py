@@ -11,13 +11,17 @@ import tensorflow as tf
 from keras import tree
 
 from tapekit._describe import describe, shape_and_dtype
+from tapekit._nonfinite import Guard, Rollback
 from tapekit._objective import RESERVED, required_arguments
 from tapekit._optimizers import Updater, all_finite
 from tapekit._tensors import tf_variable
-from tapekit.steps import Problem, Step
+from tapekit._model import TrainStep
+from tapekit.steps import MinimizeStep, Problem, Step, TapeStep
 from tapekit.stopping import Criterion
 
 _RECORDED = ("gradient_norm", "gradient_norm_inf")
+# These touch the variables in one guarded update; what others have done before is undone.
+_UPDATE_ONCE = (TapeStep.take, MinimizeStep.take, TrainStep.take)
 
 
 class State(NamedTuple):
@@ -25,7 +29,22 @@ class State(NamedTuple):
 
     step: Any
     evaluations: Any
+    nonfinite: Any
+    """How many steps were not finite."""
+    best: Any
+    """The lowest finite loss, if that is wanted."""
     criteria: Any
+
+
+class Verdict(NamedTuple):
+    """What a step says of itself, beside what it records."""
+
+    fired: Any
+    """Which criteria want to stop, a bit each."""
+    finite: Any
+    """Whether it was finite; else it has updated nothing."""
+    counts: Any
+    """How many entries of each gradient are not finite, in the order of `StepBody.suspects`."""
 
 
 class StepBody:
@@ -40,6 +59,8 @@ class StepBody:
         measures: what is recorded beside the logs.
         hooks: the `on_gradient` hooks in order.
         allow_unused: whether the loss may leave variables out.
+        on_nonfinite: what to do with a step that is not finite; `None` lets it pass, as `keras.Model.fit` does.
+        keep_best: whether to keep the variables with the lowest finite loss.
     """
 
     def __init__(
@@ -52,6 +73,8 @@ class StepBody:
         measures: Mapping[str, Callable[..., Any]],
         hooks: Sequence[Callable[..., Any]],
         allow_unused: bool,
+        on_nonfinite: Any = None,
+        keep_best: bool = False,
     ) -> None:
         self.objective = objective
         self.updater = updater
@@ -64,17 +87,39 @@ class StepBody:
         self._hooks = hooks
         arguments = {argument for _, required in self._measures.values() for argument in required}
         self._gradients_wanted = bool(hooks or arguments - {"intermediates"} or self.needs.intersection(_RECORDED))
-        start = State(0, 0, [criterion.init() for criterion in criteria])
+        self.guards = on_nonfinite is not None
+        self._skips = on_nonfinite == "skip"
+        self._rolls_back = isinstance(on_nonfinite, Rollback)
+        self.keeps_best = keep_best or self._rolls_back
+        self.best: list[tuple[Any, tf.Variable]] = []
+        """The variables, and where their best values are kept."""
+        self.suspects: list[tuple[str, int]] = []
+        """The names and sizes of what the gradients belong to, once a step has been made or traced."""
+        start = State(0, 0, 0, np.inf, [criterion.init() for criterion in criteria])
         self.initial: State = tree.map_structure(np.asarray, start)
         """The state before the first step, of NumPy arrays."""
 
-    def __call__(self, state: State, seconds: Any, batch: Any = ()) -> tuple[State, dict[str, Any], Any]:
-        """Makes one step and returns the next state, the row to record and the criteria that fired."""
+    def build(self) -> None:
+        """Makes the variables of the strategy, and those that keep the best values; outside of any graph."""
+        self.step.build(self.variables)
+        if self.keeps_best:
+            rest = self.updater.slots() if self._rolls_back else []
+            kept = [*self.variables, *self.objective.evaluated, *rest]
+            known = {id(tf_variable(variable)): best for variable, best in self.best}
+            kept = list({id(tf_variable(variable)): tf_variable(variable) for variable in kept}.values())
+            self.best = [(v, known.get(id(v)) or tf.Variable(v, trainable=False, name="best")) for v in kept]
+
+    def __call__(self, state: State, seconds: Any, batch: Any = (), guard: Any = Guard.FINITE) -> Any:
+        """Makes one step and returns the next state, the row to record and the `Verdict`."""
         self.objective.bind(batch)
+        guard = guard if self.guards else Guard.ALWAYS
         names = {*self._measures, *(name for name in _RECORDED if name in self.needs)}
-        problem = Problem(self.objective, self.updater, self.variables, self._hooks, self.allow_unused, names)
+        problem = Problem(self.objective, self.updater, self.variables, self._hooks, self.allow_unused, names, guard)
         problem.gradients_wanted = self._gradients_wanted
         before = [tf.identity(tf_variable(v)) for v in self.variables] if "variables_change" in self.needs else []
+        best_before = [tf.identity(variable) for variable, _ in self.best]
+        undone = self._undone()
+        values = [tf.identity(variable) for variable in undone]
         taken = self.step.take(problem)
         if not isinstance(taken, Mapping) or "loss" not in taken:
             received = list(taken) if isinstance(taken, Mapping) else describe(taken)
@@ -89,10 +134,20 @@ class StepBody:
             self._add(row, "metrics", name, value)
         if self.updater.skips:
             self._add(row, "optimizer", "skipped", tf.logical_not(all_finite(problem.gradients or ())))
+        finite = self._is_finite(problem, row["loss"])
+        if undone:
+            allowed = (finite & (guard != Guard.NEVER)) | (guard == Guard.ALWAYS)
+            assign_if(~allowed, undone, values)
+        if self.best:
+            loss = tf.cast(row["loss"], tf.float64)
+            better = tf.math.is_finite(loss) & (loss < state.best)
+            assign_if(better, [best for _, best in self.best], best_before)
+            state = state._replace(best=tf.where(better, loss, state.best))
         step = state.step + 1
         evaluations = state.evaluations + tf.cast(row.pop("evaluations", problem.evaluations), tf.int64)
+        nonfinite = state.nonfinite + tf.cast(~finite, tf.int64)
 
-        known = {"step": step, "evaluations": evaluations, "seconds": seconds}
+        known = {"step": step, "evaluations": evaluations, "seconds": seconds, "gradients_finite": finite}
         known |= self._gradient_logs(problem.gradients)
         if before:
             known |= _movement(before, self.variables)
@@ -104,15 +159,43 @@ class StepBody:
         for name, (call, arguments) in self._measures.items():
             offered = {"intermediates": problem.intermediates}
             self._add(row, "measures", name, call(*(offered.get(key, problem.gradients) for key in arguments)))
+        if self._skips or self._rolls_back:
+            self._add(row, "on_nonfinite", "nonfinite", nonfinite)
+        if self._rolls_back:
+            self._add(row, "on_nonfinite", "learning_rate", self.updater.learning_rate)
         logs = {name: _criterion_scalar(value) for name, value in row.items() if value.shape.rank == 0}
-        criteria, fired = self._judge(state.criteria, {**logs, **known})
-        return State(step, evaluations, criteria), row, fired
+        logs |= known
+        for name in {"gradient_norm", "gradient_norm_inf", "variables_change"}.intersection(logs):
+            logs[name] = tf.where(finite, logs[name], np.nan)  # a step that has not been made has not converged
+        criteria, fired = self._judge(state.criteria, logs)
+        self.suspects = problem.suspects
+        counts = tf.stack(problem.counts) if problem.counts else tf.zeros([0], tf.int64)
+        return State(step, evaluations, nonfinite, state.best, criteria), row, Verdict(fired, finite, counts)
+
+    def _undone(self) -> list[Any]:
+        """Returns what a step may change before it is known to be finite."""
+        if not self.guards:
+            return []
+        found = [*self.objective.evaluated]
+        if type(self.step).take not in _UPDATE_ONCE:
+            own = [value for value in tf.nest.flatten(list(vars(self.step).values())) if _is_variable(value)]
+            found += [*self.variables, *self.updater.slots(), *own]
+        return list({id(tf_variable(v)): tf_variable(v) for v in found}.values())
+
+    def _is_finite(self, problem: Problem, loss: Any) -> Any:
+        """Returns whether the loss and the gradients are finite, but for those that the optimizer looks after."""
+        finite = tf.math.is_finite(loss)
+        if problem.finite is not None:
+            return finite & problem.finite
+        return finite if self.updater.scales else finite & all_finite(problem.applied)
 
     def _judge(self, states: Sequence[Any], logs: Mapping[str, Any]) -> tuple[list[Any], Any]:
         """Updates every criterion; bit i of the second result says that criterion i wants to stop."""
         updated, fired = [], tf.constant(0)
         for position, (criterion, state) in enumerate(zip(self.criteria, states, strict=True)):
             new, stop = criterion.update(state, logs)
+            if self._skips and position == 0:
+                stop = False  # the NonFinite that is part of every run
             if len(tree.flatten(new)) != len(tree.flatten(state)):
                 raise ValueError(
                     f"`update` of {type(criterion).__name__} must return a state of the structure of {state!r}, which"
@@ -124,9 +207,6 @@ class StepBody:
 
     def _gradient_logs(self, gradients: list[Any] | None) -> dict[str, Any]:
         needs, logs = self.needs, {}
-        if "gradients_finite" in needs:
-            check = gradients if gradients and not self.updater.scales else []
-            logs["gradients_finite"] = all_finite(check)
         if "gradient_norm" in needs:
             logs["gradient_norm"] = _norm(gradients or ())
         if "gradient_norm_inf" in needs:
@@ -145,6 +225,21 @@ class StepBody:
             raise ValueError(
                 f"`{argument}` must give tensors of a fixed shape, received {name!r} of {shape_and_dtype(row[name])}."
             )
+
+
+def _is_variable(value: Any) -> bool:
+    return isinstance(tf_variable(value), tf.Variable)
+
+
+def assign_if(condition: Any, variables: Sequence[tf.Variable], values: Sequence[Any]) -> None:
+    """Gives variables values if a condition is met."""
+
+    def assign() -> Any:
+        for variable, value in zip(variables, values, strict=True):
+            variable.assign(value)
+        return tf.constant(True)
+
+    tf.cond(condition, assign, lambda: tf.constant(False))
 
 
 def _norm(gradients: Iterable[Any]) -> Any:

@@ -42,7 +42,7 @@ class Configurable:
         return cls(**{name: _deserialize(value) for name, value in config.items()})
 
     def _arguments(self) -> dict[str, Any]:
-        names = _argument_names(type(self))
+        names = argument_names(type(self))
         for name in names:
             if not hasattr(self, name):
                 raise TypeError(
@@ -65,7 +65,7 @@ class Configurable:
         return hash(type(self))
 
 
-def _argument_names(cls: type) -> list[str]:
+def argument_names(cls: type) -> list[str]:
     """The arguments of `__init__`, those that it hands on through `**kwargs` included."""
     names: list[str] = []
     for base in cls.__mro__:

@@ -11,12 +11,13 @@ import numpy as np
 import tensorflow as tf
 from keras import tree
 
-from tapekit._body import State, StepBody
+from tapekit._body import State, StepBody, Verdict
 from tapekit._data import NO_DATA, Portion
+from tapekit._nonfinite import Guard
 from tapekit._objective import read_variables, used_variables
 from tapekit._packing import Packing, as_numbers, as_tensor, number
 from tapekit._tensors import tf_variable
-from tapekit._xla import against_xla, op_types
+from tapekit._xla import DRAWING, against_xla, op_types, written
 from tapekit.steps import RAISING
 
 logger = logging.getLogger("tapekit")
@@ -39,6 +40,10 @@ class Advance(NamedTuple):
     """The loss after the last step, if it is known already."""
     exhausted: bool = False
     """Whether the data ended before the chunk did."""
+    finite: bool = True
+    """Whether the last step was finite; else it has updated nothing, and no other came after it."""
+    culprits: dict[str, str] = {}
+    """How many entries of which gradients were not finite in that step."""
 
 
 class Pace:
@@ -138,15 +143,18 @@ class EagerDriver(Driver):
         if portion.key:
             self.body.objective.bind(batch)
             self.body.variables[:] = self.body.objective.build()
+            self.body.build()
         self.body.updater.save([*self.body.variables, *self.body.objective.variables])
         try:
-            state, row, fired = self.body(state, tf.constant(seconds, tf.float64), batch)
+            state, row, verdict = self.body(state, tf.constant(seconds, tf.float64), batch)
             self._check_shapes({name: tuple(value.shape) for name, value in row.items()})
         except BaseException:
             self.body.updater.roll_back()
             raise
         columns = {name: value.numpy()[None] for name, value in row.items()}
-        return Advance(state, 1, int(fired), int(state.evaluations), columns, None)
+        culprits = _culprits(self.body, verdict.counts.numpy())
+        finite = bool(verdict.finite)
+        return Advance(state, 1, int(verdict.fired), int(state.evaluations), columns, None, False, finite, culprits)
 
     def _check_shapes(self, shapes: dict[str, tuple[int, ...]]) -> None:
         """Raises if a recorded value has come, gone or changed its shape since the first step."""
@@ -167,6 +175,12 @@ class EagerDriver(Driver):
         return float(self.body.objective()[0])
 
 
+def _culprits(body: StepBody, counts: np.ndarray) -> dict[str, str]:
+    """Returns how many entries of which gradients are not finite."""
+    pairs = zip(body.suspects, counts.tolist(), strict=True)
+    return {name: f"{count} of {size}" for (name, size), count in pairs if count}
+
+
 def _shape(shape: tuple[int, ...] | None) -> str:
     return "no value" if shape is None else f"shape {shape}"
 
@@ -178,6 +192,7 @@ class _Packed(NamedTuple):
     fired: Any
     loss: Any
     exhausted: Any
+    finite: Any
     state: State
 
 
@@ -189,6 +204,12 @@ class _Program:
         self.chunks: dict[Any, tuple[Any, Any]] = {}
         self.capacity = capacity
         self.jit = jit
+        self.written = written(step)
+        """The variables that it changes."""
+        self.draws = bool(op_types(step) & DRAWING)
+        """Whether it draws random numbers of which nobody could draw the same again."""
+        self.refused: Any = None
+        """The step made without an update, traced once a step has not been finite."""
 
 
 class CompiledDriver(Driver):
@@ -216,7 +237,7 @@ class CompiledDriver(Driver):
         self._loss = loss
         self._strict = jit_compile is True
         self._jit = bool(jit_compile)
-        start = _Packed(np.int32(0), np.int32(0), np.float64(np.nan), np.bool_(False), body.initial)
+        start = _Packed(np.int32(0), np.int32(0), np.float64(np.nan), np.bool_(False), np.bool_(True), body.initial)
         self._packing = Packing(start)
         self._programs: dict[Any, _Program] = {}
 
@@ -227,7 +248,7 @@ class CompiledDriver(Driver):
             clock = tf.TensorSpec([], tf.float64)
             specs = [tf.TensorSpec(leaf.shape, leaf.dtype) for leaf in tree.flatten(self.body.initial)]
             trace = tf.function(self._trace, autograph=False)
-            step = trace.get_concrete_function(clock, specs, portion.spec)
+            step = trace.get_concrete_function(clock, specs, portion.spec, tf.TensorSpec([], tf.int32))
             self._programs[key] = _Program(step, 1, self._jit)
             self._choose(op_types(step))
             self._set(self._programs[key], period, portion)
@@ -246,10 +267,10 @@ class CompiledDriver(Driver):
         """The traced steps, one for each shape of batches."""
         return [program.step for program in self._programs.values()]
 
-    def _trace(self, seconds: Any, leaves: Any, batch: Any) -> Any:
+    def _trace(self, seconds: Any, leaves: Any, batch: Any, guard: Any) -> Any:
         self.traces += 1
-        state, row, fired = self.body(tree.pack_sequence_as(self.body.initial, leaves), seconds, batch)
-        return tree.flatten(state), row, fired
+        state, row, verdict = self.body(tree.pack_sequence_as(self.body.initial, leaves), seconds, batch, guard)
+        return tree.flatten(state), row, verdict
 
     def _choose(self, types: set[str]) -> None:
         """Leaves XLA where it would be wrong or slow, and long chunks where an error would lose their records."""
@@ -302,34 +323,43 @@ class CompiledDriver(Driver):
         # The batches of a stream come from outside of what XLA compiles, so there it is the step that is compiled.
         step = program.step if batch_of else tf.function(program.step, autograph=False, jit_compile=program.jit)
 
+        # XLA would wait for the check before every update and copy what it updates. There every update is made, and if
+        # the last step of the chunk turns out not to be finite, the host undoes it all and goes as far as was right.
+        undoes = self._undoes(program, portion)
+
         def run(limit, seconds, integers, floats, feed):
-            def proceed(taken, fired, exhausted, leaves, records):
-                return (taken < limit) & (fired == 0) & ~exhausted
+            def proceed(taken, verdict, exhausted, leaves, records):
+                return (taken < limit) & (verdict.fired == 0) & verdict.finite & ~exhausted
 
             def take(taken, leaves, records, batch):
-                leaves, row, fired = step(seconds, leaves, batch)
+                guard = tf.constant(Guard.ALWAYS if undoes else Guard.FINITE, tf.int32)  # here, so that XLA folds it
+                leaves, row, verdict = step(seconds, leaves, batch, guard)
                 records = {name: records[name].write(taken, row[name]) for name in row}
-                return taken + 1, fired, tf.constant(False), leaves, records
+                verdict = verdict._replace(counts=no_counts if undoes else verdict.counts)
+                return taken + 1, verdict, tf.constant(False), leaves, records
 
-            def advance(taken, fired, exhausted, leaves, records):
+            def advance(taken, verdict, exhausted, leaves, records):
                 if batch_of:
                     return take(taken, leaves, records, batch_of(feed, taken))
                 batch = feed.get_next_as_optional()
                 return tf.cond(
                     batch.has_value(),
                     lambda: take(taken, leaves, records, batch.get_value()),
-                    lambda: (taken, fired, tf.constant(True), leaves, records),
+                    lambda: (taken, verdict, tf.constant(True), leaves, records),
                 )
 
+            no_counts = tf.zeros([0 if undoes else len(self.body.suspects)], tf.int64)
             records = {name: tf.TensorArray(row.dtype, capacity, element_shape=row.shape) for name, row in rows.items()}
             leaves = tree.flatten(packing.unpack(integers, floats, as_tensor).state)
-            start = (tf.constant(0), tf.constant(0), tf.constant(False), leaves, records)
+            verdict = Verdict(tf.constant(0), tf.constant(True), no_counts)
+            start = (tf.constant(0), verdict, tf.constant(False), leaves, records)
             end = tf.while_loop(proceed, advance, start, parallel_iterations=1)
-            taken, fired, exhausted, leaves, records = end
+            taken, verdict, exhausted, leaves, records = end
             unknown = tf.constant(np.nan, tf.float64)
-            loss = tf.cond(fired == 0, lambda: unknown, lambda: self._loss()) if self._loss else unknown
-            integers, floats = packing.pack([taken, fired, loss, exhausted, *leaves])
-            return integers, floats, {name: record.stack() for name, record in records.items()}
+            known = (verdict.fired != 0) & verdict.finite
+            loss = tf.cond(known, lambda: self._loss(), lambda: unknown) if self._loss else unknown
+            integers, floats = packing.pack([taken, verdict.fired, loss, exhausted, verdict.finite, *leaves])
+            return integers, floats, verdict.counts, {name: record.stack() for name, record in records.items()}
 
         limit, clock = tf.TensorSpec([], tf.int32), tf.TensorSpec([], tf.float64)
         specs = [tf.TensorSpec(part.shape, part.dtype) for part in self.begin()]
@@ -361,8 +391,10 @@ class CompiledDriver(Driver):
         call, captured = program.chunks[key]
         limit = min(limit, program.capacity)
         clock = _constant(seconds if "seconds" in self.body.needs else 0.0, tf.float64)
+        undoes = self._undoes(program, portion)
+        before = [tf.raw_ops.ReadVariableOp(resource=v.handle, dtype=v.dtype) for v in program.written if undoes]
         try:
-            integers, floats, records = call([_constant(limit, tf.int32), clock, *state, *feed], captured)
+            integers, floats, counts, records = call([_constant(limit, tf.int32), clock, *state, *feed], captured)
         except tf.errors.OpError as error:
             if not (fresh and program.jit):
                 raise
@@ -375,12 +407,38 @@ class CompiledDriver(Driver):
             self._fall_back(first_line)
             self.prepare(self._period, portion)
             return self.advance(state, limit, seconds, portion)
-        taken, fired, exhausted, _, evaluations = _array(integers)[:5].tolist()
-        if not fresh and taken:
+        taken, fired, exhausted, finite, _, evaluations = _array(integers)[:6].tolist()
+        culprits = {}
+        if not finite:
+            if undoes:
+                for variable, value in zip(program.written, before, strict=True):
+                    variable.assign(value)
+                if taken > 1:
+                    state = call([_constant(taken - 1, tf.int32), clock, *state, *feed], captured)[:2]
+                counts = self._refuse(program, portion, state, clock, taken - 1)
+            culprits = _culprits(self.body, _array(counts))
+        elif not fresh and taken:
             self._pace.observe(taken, time.perf_counter() - started)
         columns = {name: _array(record) for name, record in records.items()}
-        loss = _array(floats)[0].item() if fired and self._loss else None
-        return Advance((integers, floats), taken, fired, evaluations, columns, loss, bool(exhausted))
+        loss = _array(floats)[0].item() if fired and finite and self._loss else None
+        exhausted, finite = bool(exhausted), bool(finite)
+        return Advance((integers, floats), taken, fired, evaluations, columns, loss, exhausted, finite, culprits)
+
+    def _undoes(self, program: _Program, portion: Portion) -> bool:
+        """Returns whether a chunk undoes itself, rather than each step look whether it may update anything."""
+        return self.body.guards and program.jit and portion.batch is not None and not program.draws
+
+    def _refuse(self, program: _Program, portion: Portion, state: Any, clock: Any, n: int) -> Any:
+        """Makes the step with the n-th batch without an update, and returns what was not finite in it."""
+        if program.refused is None:
+            batch_of: Any = portion.batch
+
+            def refuse(integers, floats, seconds, feed, n):
+                leaves = tree.flatten(self._packing.unpack(integers, floats, as_tensor).state)
+                return program.step(seconds, leaves, batch_of(feed, n), tf.constant(Guard.NEVER, tf.int32))[2].counts
+
+            program.refused = tf.function(refuse, autograph=False)
+        return program.refused(*state, clock, portion.feed, tf.constant(n))
 
     def evaluate(self) -> float:
         """Runs the traced objective."""
@@ -416,13 +474,13 @@ def make_driver(body: StepBody, eager: bool, jit_compile: bool | str, longest: i
         body.updater.check(body.variables)
         if body.variables and not eager:  # whose first batch may make more variables
             body.updater.build(body.updater.native(body.variables))
-        body.step.build(body.variables)
+        body.build()
         return EagerDriver(body, longest) if eager else CompiledDriver(body, longest, None, jit_compile)
     if eager:
         if not body.variables:
             body.variables = read_variables(body.objective)
         body.updater.check(body.variables)
-        body.step.build(body.variables)
+        body.build()
         return EagerDriver(body, longest)
 
     def loss() -> tf.Tensor:
@@ -439,5 +497,5 @@ def make_driver(body: StepBody, eager: bool, jit_compile: bool | str, longest: i
     traced = tf.function(loss, autograph=False).get_concrete_function()
     body.updater.check(body.variables)
     body.updater.build(body.updater.native(body.variables))
-    body.step.build(body.variables)
+    body.build()
     return CompiledDriver(body, longest, traced, jit_compile)

@@ -21,7 +21,7 @@ from keras.src.trainers.data_adapters.array_slicing import train_validation_spli
 
 from tapekit._data import Batches
 from tapekit._describe import check_integer, check_real, describe
-from tapekit._drivers import Advance, Driver
+from tapekit._drivers import Advance, Driver, Pace
 from tapekit._model import ModelObjective, has_own_train_step
 from tapekit._result import OptimizationResult, StopReason
 from tapekit._run import Run
@@ -154,9 +154,6 @@ class Validation:
         device_bytes: arrays of at most so many bytes in all are put on the device once.
     """
 
-    AT_ONCE = 256
-    """The largest number of batches between two looks of the host."""
-
     def __init__(
         self, model: Any, data: Any, batch_size: int | None, steps: int | None, freq: Any, device_bytes: int
     ) -> None:
@@ -200,6 +197,7 @@ class Validation:
         batches.reset()
         batches.begin_epoch()
         logs: dict[str, Any] = {}
+        pace = Pace()
         while portion := batches.portion():
             assert portion.length
             assert portion.batch
@@ -211,8 +209,9 @@ class Validation:
             if key not in functions:
                 test = tf.function(model.test_step, autograph=False).get_concrete_function(portion.spec)
                 functions[key] = tf.function(functools.partial(_test, test, portion.batch), autograph=False)
-            count = min(portion.length, self.AT_ONCE)
+            count, started = min(portion.length, pace.limit()), time.perf_counter()
             logs = functions[key](tf.constant(count), portion.feed)
+            pace.observe(count, time.perf_counter() - started)
             batches.advance(count, False)
         logs = _numbers(model._get_metrics_result_or_logs(logs))
         callbacks.on_test_end(logs)
@@ -269,6 +268,8 @@ class FitRun(Run):
         batches: the data.
         validation: what is evaluated between epochs, or `None`.
         arguments: those of `fit`.
+        on_nonfinite: what to do at a step that is not finite.
+        restore_best: whether to end with the best weights.
     """
 
     def __init__(
@@ -279,8 +280,11 @@ class FitRun(Run):
         batches: Batches,
         validation: Validation | None,
         arguments: FitArguments,
+        on_nonfinite: Any,
+        restore_best: bool,
     ) -> None:
-        super().__init__(driver, dispatch, callbacks, driver.body.variables, 1, 1 << 62, live=False)
+        structure = driver.body.variables
+        super().__init__(driver, dispatch, callbacks, structure, 1, 1 << 62, False, on_nonfinite, restore_best)
         self._objective: ModelObjective = driver.body.objective
         self._model: Any = self._objective.model
         self._compiled_optimizer: Any = self._model.optimizer
@@ -350,7 +354,9 @@ class FitRun(Run):
         last = keras_logs(self.logs)
         logs = dict(self._model._get_metrics_result_or_logs({name: last.get(name) for name in self._objective.names}))
         if self._validation and self._validation.due(self._epoch):
+            self.may_be_left = True  # since it changes nothing, Ctrl-C need not wait for its end
             logs |= self._validation.logs(self._callback_list, self._objective.tests)
+            self.may_be_left = False
         self._epoch_logs = _numbers(logs)
         for name, value in self._epoch_logs.items():
             self._epoch_history.setdefault(name, []).append(value)
@@ -361,6 +367,7 @@ class FitRun(Run):
         if self.step and isinstance(self._model.optimizer, keras.optimizers.Optimizer):
             self._model.optimizer.finalize_variable_values(self._model.trainable_weights)
         self._close(self._epoch_logs)
+        self._ended = True
 
     def evaluate(self) -> float:
         """Returns the loss of the batch of the last step at the present variables."""

@@ -18,6 +18,7 @@ from tapekit._body import StepBody
 from tapekit._config import Configurable
 from tapekit._describe import check_integer, check_real, describe
 from tapekit._drivers import Driver, make_driver
+from tapekit._interrupts import claimed, heard_by
 from tapekit._fit import FitArguments, FitRun, keras_defaults
 from tapekit._model import (
     ModelObjective,
@@ -30,9 +31,10 @@ from tapekit._model import (
     step_for,
     updater_for,
 )
+from tapekit._nonfinite import Rollback, check_on_nonfinite
 from tapekit._objective import Objective, check_variables, required_arguments
 from tapekit._optimizers import Updater
-from tapekit._result import OptimizationResult, StopReason
+from tapekit._result import NonFiniteError, OptimizationResult, StopReason
 from tapekit._run import Run
 from tapekit._tensors import KerasVariable
 from tapekit.callbacks._base import Hooks
@@ -66,6 +68,14 @@ class OptimizationLoop(Hooks, Configurable):
             compile the step, would change its numbers, or is slower: the logger `tapekit` says so.
         steps_per_execution: the largest number of steps between two looks of the host; `"auto"` lets the
             host look at least about ten times a second.
+        on_nonfinite: what happens at a step whose loss or gradient is NaN or infinite, which never changes
+            variables or slots: "stop" ends the run; "raise" ends it and raises `NonFiniteError`; "skip" goes
+            on and records how many there were as "nonfinite"; "rollback", or a `Rollback`, goes back to the
+            best variables with a smaller learning rate, a few times.
+        keep_best: whether to keep the variables with the lowest finite loss, for `result.best_variables`;
+            `None` means True in `minimize` and `steps`, and False in `fit`, whose losses are of batches.
+        interrupt: what follows Ctrl-C or SIGTERM, which end the run after the steps in flight: "raise"
+            lets `KeyboardInterrupt` go on to the caller, "return" returns the result. A second one leaves at once.
 
     Raises:
         TypeError: an argument is of the wrong kind.
@@ -97,6 +107,9 @@ class OptimizationLoop(Hooks, Configurable):
         run_eagerly: bool = False,
         jit_compile: bool | str = "auto",
         steps_per_execution: int | str = "auto",
+        on_nonfinite: Any = "stop",
+        keep_best: bool | None = None,
+        interrupt: str = "raise",
     ) -> None:
         self._updater = None if optimizer is None else Updater(optimizer)
         self.optimizer = None if self._updater is None else self._updater.optimizer
@@ -116,6 +129,15 @@ class OptimizationLoop(Hooks, Configurable):
         if steps_per_execution != "auto":
             check_integer(steps_per_execution, "steps_per_execution", 1)
         self.steps_per_execution = steps_per_execution
+        self.on_nonfinite = check_on_nonfinite(on_nonfinite)
+        if keep_best not in (True, False, None):
+            raise TypeError(f"`keep_best` must be True, False or None, received {describe(keep_best)}.")
+        if keep_best is False and isinstance(self.on_nonfinite, Rollback):
+            raise ValueError("`keep_best` must not be False with on_nonfinite=\"rollback\", which goes back to the best.")
+        self.keep_best = keep_best
+        if interrupt not in ("raise", "return"):
+            raise ValueError(f'`interrupt` must be "raise" or "return", received {describe(interrupt)}.')
+        self.interrupt = interrupt
         self.result = None
         self._criteria = self._all_criteria()
         self._check_step_provides(self.callbacks)
@@ -132,6 +154,7 @@ class OptimizationLoop(Hooks, Configurable):
         steps_per_epoch: int = 1,
         *,
         allow_unused: bool = False,
+        restore_best: bool = False,
     ) -> OptimizationResult:
         """Minimizes a function over variables.
 
@@ -143,11 +166,14 @@ class OptimizationLoop(Hooks, Configurable):
             callbacks: callbacks for this run, called after those of the loop.
             steps_per_epoch: how many steps Keras callbacks see as an epoch.
             allow_unused: let variables pass on which the loss does not depend; they stay as they are.
+            restore_best: end with the variables of the lowest finite loss rather than the last ones,
+                whichever way the run ends.
 
         Returns:
             The `OptimizationResult`, which is `self.result` too.
 
         Raises:
+            NonFiniteError: a loss or gradient is not finite, and `on_nonfinite` is "raise".
             TypeError: `loss`, a variable or a callback is of the wrong kind.
             ValueError: the loss is not a scalar or does not depend on a variable, or nothing would end the run.
             RuntimeError: the loop runs already, or is called inside a `tf.function`.
@@ -159,11 +185,11 @@ class OptimizationLoop(Hooks, Configurable):
             >>> loop.minimize(lambda: x**2 + tf.reduce_sum(y**2), {"x": x, "y": y}).variables["y"].shape
             (2,)
         """
-        run = self._prepare(loss, variables, callbacks, steps_per_epoch, allow_unused, live=False)
+        run = self._prepare(loss, variables, callbacks, steps_per_epoch, allow_unused, restore_best, live=False)
         with self._running(run):
             while run.explanation is None:
                 self._advance(run)
-        return run.result
+        return self._outcome(run)
 
     def steps(
         self,
@@ -203,7 +229,7 @@ class OptimizationLoop(Hooks, Configurable):
             >>> loop.result.steps, loop.result.message
             (3, 'stopped at step 3: the caller left the loop')
         """
-        return self._iterate(self._prepare(loss, variables, callbacks, steps_per_epoch, allow_unused, live=True))
+        return self._iterate(self._prepare(loss, variables, callbacks, steps_per_epoch, allow_unused, False, live=True))
 
     def _iterate(self, run: Run) -> Iterator[tuple[int, dict[str, Any]]]:
         with self._running(run):
@@ -211,7 +237,10 @@ class OptimizationLoop(Hooks, Configurable):
                 before = run.step
                 self._advance(run)
                 if run.step > before:
+                    run.may_be_left = True
                     yield run.step, run.logs
+                    run.may_be_left = False
+        self._outcome(run)
 
     def fit(
         self,
@@ -236,6 +265,7 @@ class OptimizationLoop(Hooks, Configurable):
         loss: Any = None,
         metrics: Any = None,
         device_bytes: int = 1 << 30,
+        restore_best: bool = False,
     ) -> OptimizationResult:
         """Trains a Keras model as its own `fit` does, with the criteria, hooks and speed of this loop.
 
@@ -267,6 +297,7 @@ class OptimizationLoop(Hooks, Configurable):
             loss: the loss with which a model that is not compiled is compiled.
             metrics: the metrics with which a model that is not compiled is compiled.
             device_bytes: arrays of more bytes in all are streamed rather than put on the device.
+            restore_best: end with the weights before the batch of the lowest finite loss rather than the last ones.
 
         Returns:
             The `OptimizationResult`: `history` has a row a step with the loss of that very batch,
@@ -277,6 +308,7 @@ class OptimizationLoop(Hooks, Configurable):
             ValueError: an argument has a wrong value, the model is not compiled and no `loss` is given, or the
                 step strategy and the model's own `train_step` exclude each other.
             RuntimeError: the loop runs already, or is called inside a `tf.function`.
+            NonFiniteError: a loss or gradient is not finite, and `on_nonfinite` is "raise".
 
         Example:
             >>> import keras, numpy as np, tapekit as tk
@@ -311,6 +343,7 @@ class OptimizationLoop(Hooks, Configurable):
             ),
             loss,
             metrics,
+            restore_best,
         )
         with self._running(run):
             for _ in run.epochs():
@@ -318,7 +351,7 @@ class OptimizationLoop(Hooks, Configurable):
                     self._advance(run)
                 run.end_epoch()
                 self._heed_stop(run)
-        return run.result
+        return self._outcome(run)
 
     def stop(self, reason: str = "a hook asked for it") -> None:
         """Ends the run, from any hook; one that is live stops it at that very step.
@@ -361,8 +394,15 @@ class OptimizationLoop(Hooks, Configurable):
             raise RuntimeError("evaluate must be called from a hook of a running loop; this loop is not running.")
         return self._current.evaluate()
 
+    def _outcome(self, run: Run) -> OptimizationResult:
+        """Returns the result of a run, or raises if it ended at a number that is not finite and that is wanted."""
+        if self.on_nonfinite == "raise" and run.result.reason is StopReason.NOT_FINITE:
+            raise NonFiniteError(run.result)
+        return run.result
+
     def _advance(self, run: Run) -> None:
         """Takes the steps up to the next one at which somebody needs the host."""
+        run.heed_interrupt()
         if self._heed_stop(run):
             return
         run.dispatch.before(run.step + 1)
@@ -371,8 +411,8 @@ class OptimizationLoop(Hooks, Configurable):
         chunk = run.advance(run.steps_to_next_edge())
         if chunk.taken:
             run.dispatch.after(run.step - chunk.taken + 1, chunk.taken, chunk.columns)
-        if chunk.fired:
-            run.explain(chunk.fired)
+        if fired := run.judge(chunk):
+            run.explain(fired)
         self._heed_stop(run)
 
     def _heed_stop(self, run: Run) -> bool:
@@ -388,27 +428,35 @@ class OptimizationLoop(Hooks, Configurable):
         if not self._lock.acquire(blocking=False):
             raise RuntimeError(_RUNNING)
         try:
-            self._stop_message = None
-            self.result = None
-            self._current = run
-            run.begin(self)
-            yield
-            run.end()
+            with claimed(run.changes()):
+                yield from self._watch(run)
+        finally:
+            self._lock.release()
+
+    def _watch(self, run: Run) -> Iterator[None]:
+        self._stop_message = None
+        self.result = None
+        self._current = run
+        try:
+            with heard_by(run):
+                run.begin(self)
+                yield
+                run.end()
+                run.heed_interrupt()
         except GeneratorExit:
             run.stopped("the caller left the loop")
             run.end()
             raise
         except KeyboardInterrupt:
-            run.explanation = StopReason.INTERRUPTED, f"interrupted after step {run.step}"
-            run.end()
-            raise
+            run.break_off()
+            if self.interrupt == "raise":
+                raise
         except BaseException as error:
             run.fail(error)
             raise
         finally:
             self._current = None
             self.result = run.conclude()
-            self._lock.release()
 
     def _check_can_run(self) -> None:
         if not tf.executing_eagerly():
@@ -416,7 +464,7 @@ class OptimizationLoop(Hooks, Configurable):
         if self._lock.locked():
             raise RuntimeError(_RUNNING)
 
-    def _prepare(self, loss, variables, callbacks, steps_per_epoch, allow_unused, live) -> Run:
+    def _prepare(self, loss, variables, callbacks, steps_per_epoch, allow_unused, restore_best, live) -> Run:
         self._check_can_run()
         if self._updater is None:
             raise ValueError("`optimizer` must be given to the loop for a function to be minimized, received None.")
@@ -431,6 +479,8 @@ class OptimizationLoop(Hooks, Configurable):
             raise ValueError(
                 "`max_iterations`, `tolerance`, `stopping` or a callback must end the run, received none of them."
             )
+        self._check_on_nonfinite(self._updater, self._criteria_of(owners), live or dispatch.can_stop)
+        keeps_best = self._keeps_best(True, restore_best)
         names = None if given is None else tuple(id(variable) for variable in given)
         driver = self._program(
             (objective.function, given),
@@ -440,20 +490,46 @@ class OptimizationLoop(Hooks, Configurable):
             lambda: (objective, self._updater, given or [], self.step, allow_unused),
             self.run_eagerly,
             self.jit_compile,
+            keeps_best,
         )
         limits = [part.n for part in driver.body.criteria if isinstance(part, _stopping.MaxIterations)]
         period = 1 if live else dispatch.period(min(limits, default=1 << 62))
         structure = list(driver.body.variables) if variables is None else variables
         if isinstance(structure, (tf.Variable, KerasVariable)):
             structure = [structure]
-        return Run(driver, dispatch, owners, structure, steps_per_epoch, period, live)
+        return Run(driver, dispatch, owners, structure, steps_per_epoch, period, live, self.on_nonfinite, restore_best)
+
+    def _keeps_best(self, default: bool, restore_best: bool) -> bool:
+        """Returns whether a run keeps the best variables."""
+        if not isinstance(restore_best, bool):
+            raise TypeError(f"`restore_best` must be True or False, received {describe(restore_best)}.")
+        if restore_best and self.keep_best is False:
+            raise ValueError("`restore_best` must be False in a loop with keep_best=False, received True.")
+        return restore_best or (default if self.keep_best is None else self.keep_best)
+
+    def _check_on_nonfinite(self, updater: Updater, criteria: list[_stopping.Criterion], can_stop: bool) -> None:
+        """Raises if a run could never end, or could not be rolled back."""
+        if isinstance(self.on_nonfinite, Rollback) and not hasattr(updater.learning_rate, "assign"):
+            raise ValueError(
+                "`optimizer` must have a learning_rate that can be set, not a schedule, for on_nonfinite=\"rollback\","
+                f" received {describe(updater.optimizer)}."
+            )
+        parts = [part for criterion in criteria[1:] for part in criterion.parts()]
+        limits = [part for part in parts if part.reason is not StopReason.CONVERGED]
+        if self.on_nonfinite == "skip" and not (limits or can_stop):
+            raise ValueError(
+                "`max_iterations` or another limit must be given with on_nonfinite=\"skip\", since a loss that stays NaN"
+                " never converges, received none."
+            )
 
     def _criteria_of(self, callbacks: list[Any]) -> list[_stopping.Criterion]:
         """Returns the criteria of a run: those of the loop, and of `StopWhen` among its callbacks."""
         more = [callback.criterion for callback in callbacks if isinstance(callback, _callbacks.StopWhen)]
         return check_count([*self._criteria, *more])
 
-    def _prepare_fit(self, model: Any, callbacks: Any, arguments: FitArguments, loss: Any, metrics: Any) -> FitRun:
+    def _prepare_fit(
+        self, model: Any, callbacks: Any, arguments: FitArguments, loss: Any, metrics: Any, restore_best: bool
+    ) -> FitRun:
         self._check_can_run()
         check_model(model, loss, self.optimizer)
         check_step(self.step, model)
@@ -461,6 +537,7 @@ class OptimizationLoop(Hooks, Configurable):
         self._check_step_provides(extra)
         owners = [*self.callbacks, *extra]
         criteria = self._criteria_of(owners)
+        keeps_best = self._keeps_best(False, restore_best)
         batches, validation = arguments.data(model, endless=len(criteria) > 1)
         compile_model(model, self.optimizer, loss, metrics)
         owners += keras_defaults(owners, arguments.verbose)
@@ -468,6 +545,7 @@ class OptimizationLoop(Hooks, Configurable):
         eager = self.run_eagerly or model.run_eagerly
         optimizer = self._fit_optimizer(model)
         build_model(model, optimizer, batches.spec, eager)
+        self._check_on_nonfinite(Updater(optimizer), criteria, can_stop=True)
         objective, variables = ModelObjective(model), list(model.trainable_variables)
         kept = (model, optimizer, model._loss_tracker, *variables)
         driver = self._program(
@@ -478,8 +556,9 @@ class OptimizationLoop(Hooks, Configurable):
             lambda: (objective, updater_for(optimizer, model), variables, step_for(self.step, objective), True),
             eager,
             jit_compile_for(model, self.jit_compile),
+            keeps_best,
         )
-        return FitRun(driver, dispatch, owners, batches, validation, arguments)
+        return FitRun(driver, dispatch, owners, batches, validation, arguments, self.on_nonfinite, restore_best)
 
     def _fit_optimizer(self, model: Any) -> Any:
         """Returns the optimizer of a fit: the loop's, which scales the loss if Keras would have it do so."""
@@ -493,7 +572,7 @@ class OptimizationLoop(Hooks, Configurable):
         self._scaled = self._scaled or keras.optimizers.LossScaleOptimizer(self.optimizer)
         return self._scaled
 
-    def _program(self, kept, key, dispatch: Dispatch, criteria, parts: Callable[[], Any], eager: bool, jit) -> Driver:
+    def _program(self, kept, key, dispatch: Dispatch, criteria, parts, eager: bool, jit, keeps_best: bool) -> Driver:
         """Returns the driver for an objective, the same one for the same question.
 
         Args:
@@ -504,13 +583,17 @@ class OptimizationLoop(Hooks, Configurable):
             parts: makes the objective, the updater, the variables, the step, and whether some may be unused.
             eager: whether to run eagerly.
             jit: whether to compile by XLA.
+            keeps_best: whether to keep the best variables.
         """
         functions = (*self.measures.values(), *dispatch.gradient_hooks)
-        key = (*key, eager, jit, *map(id, criteria), *(identity(function) for function in functions))
+        key = (*key, eager, jit, keeps_best, *map(id, criteria), *(identity(function) for function in functions))
         if key not in self._programs:
             objective, updater, variables, step, allow_unused = parts()
             hooks = dispatch.gradient_hooks
-            body = StepBody(objective, updater, variables, step, criteria, self.measures, hooks, allow_unused)
+            measures, policy = self.measures, self.on_nonfinite
+            body = StepBody(
+                objective, updater, variables, step, criteria, measures, hooks, allow_unused, policy, keeps_best
+            )
             longest = 1 << 62 if self.steps_per_execution == "auto" else int(self.steps_per_execution)
             driver = make_driver(body, eager, jit, longest)
             driver.kept_alive = kept, functions, criteria

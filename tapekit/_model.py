@@ -225,6 +225,11 @@ class ModelObjective:
         return {KERAS_LOSS if name == "loss" else name: value for name, value in self._logs.items()}
 
     @property
+    def evaluated(self) -> list[Any]:
+        """What an evaluation changes, but for random states: statistics of the batches, and the metrics."""
+        return [*self.model.non_trainable_weights, *self.model.metrics_variables]
+
+    @property
     def variables(self) -> list[Any]:
         """What a step changes beside the trainable variables and the slots of the loop's optimizer."""
         optimizers = _optimizers(self.model) if has_own_train_step(self.model) else []
@@ -297,7 +302,7 @@ class TrainStep(Step):
         losses = _Losses(model)
         with contextlib.ExitStack() as stack:
             for optimizer in _optimizers(model):
-                stack.enter_context(replaced(optimizer, "apply", self._apply(problem, optimizer)))
+                stack.enter_context(replaced(optimizer, "apply", self._apply(problem, optimizer, losses)))
             stack.enter_context(losses.watched())
             logs = model.train_step(self.objective.batch)
         if not isinstance(logs, dict):
@@ -313,7 +318,7 @@ class TrainStep(Step):
             problem.gradients = []
         return {"loss": _scalar(losses.true(logs))}
 
-    def _apply(self, problem: Problem, optimizer: Any) -> Callable[..., Any]:
+    def _apply(self, problem: Problem, optimizer: Any, losses: _Losses) -> Callable[..., Any]:
         original = optimizer.apply
         updater = self._updaters.setdefault(id(optimizer), Updater(optimizer))
 
@@ -322,11 +327,14 @@ class TrainStep(Step):
             variables = list(optimizer._trainable_variables if trainable_variables is None else trainable_variables)
             present = [position for position, gradient in enumerate(gradients) if gradient is not None]
             true = updater.true([gradients[position] for position in present])
-            replaced = problem.transform(true, [variables[position] for position in present])
+            targets = [variables[position] for position in present]
+            replaced = problem.transform(true, targets)
             if problem.has_hooks:
                 for position, gradient in zip(present, updater.scaled(replaced), strict=True):
                     gradients[position] = gradient
-            return original(gradients, variables, **kwargs)
+            problem.loss = losses.computed
+            problem.update(lambda: original(gradients, variables, **kwargs), replaced, targets)
+            return optimizer.iterations
 
         return apply
 
@@ -386,6 +394,11 @@ class _Losses:
             return value
 
         return result
+
+    @property
+    def computed(self) -> Any:
+        """What `compute_loss` gave, or `None`."""
+        return _scalar(self._computed[0]) if self._computed else None
 
     def true(self, logs: dict[str, Any]) -> Any:
         """Returns what the mean under "loss" got last, what `compute_loss` gave, what is named "loss", or the sum."""

@@ -46,6 +46,11 @@ class Objective:
         return {}
 
     @property
+    def evaluated(self) -> list[Any]:
+        """What an evaluation changes, as far as that is known."""
+        return []
+
+    @property
     def variables(self) -> list[Any]:
         """What a step changes beside the variables that are minimized over, as far as that is known."""
         return []

@@ -133,7 +133,7 @@ class Updater:
             elif hasattr(self.optimizer, "_create_all_weights"):  # the legacy optimizers of tf_keras
                 self.optimizer._create_all_weights(list(variables))
             if self._saved:
-                self._save(self._slots())
+                self._save(self.slots())
 
     @property
     def scales(self) -> bool:
@@ -173,10 +173,17 @@ class Updater:
             return list(gradients)
         return [map_values(lambda values: values * self.scale(values.dtype), gradient) for gradient in gradients]
 
-    def minimize(self, loss: Callable[[], Any], variables: Sequence[Any], transform: Callable[[Any], Any]) -> None:
+    def minimize(
+        self,
+        loss: Callable[[], Any],
+        variables: Sequence[Any],
+        transform: Callable[[Any], Any],
+        update: Callable[..., Any],
+    ) -> None:
         """Makes one step by `minimize`, with `transform` between computing and applying the gradients.
 
-        `transform` takes one gradient of the loss, or None, for each variable, and returns those to apply.
+        `transform` takes one gradient of the loss, or None, for each variable, and returns those to apply;
+        `update` is given a function that applies them, the gradients and the variables, and calls it or not.
         """
         called = False
 
@@ -187,7 +194,7 @@ class Updater:
             gradients = [found.get(id(tf_variable(variable))) for variable in variables]
             targets = [v for v, gradient in zip(self.native(variables), gradients, strict=True) if gradient is not None]
             gradients = transform(self.true(gradients) if self._takes_scaled else gradients)
-            return self.apply(gradients, targets, *args, **kwargs)
+            update(lambda: self.apply(gradients, targets, *args, **kwargs), gradients, targets)
 
         minimize(_Intercepted(self.optimizer, apply_gradients), loss, self.native(variables))
         if not called:
@@ -204,7 +211,7 @@ class Updater:
     def save(self, variables: Sequence[Any]) -> None:
         """Remembers the values of variables and slots, for `roll_back`."""
         self._saved = {}
-        self._save([*variables, *self._slots()])
+        self._save([*variables, *self.slots()])
 
     def roll_back(self) -> None:
         """Gives the variables and slots the values that they had at `save`, or were made with since."""
@@ -216,7 +223,15 @@ class Updater:
             if isinstance(variable, tf.Variable):
                 self._saved.setdefault(id(variable), (variable, tf.identity(variable)))
 
-    def _slots(self) -> list[Any]:
+    @property
+    def learning_rate(self) -> Any:
+        """The learning rate, a variable unless a schedule gives it."""
+        optimizer = getattr(self.optimizer, "inner_optimizer", self.optimizer)
+        rate = getattr(optimizer, "_learning_rate", getattr(optimizer, "learning_rate", None))
+        return rate
+
+    def slots(self) -> list[Any]:
+        """Returns the variables of the optimizer."""
         slots = getattr(self.optimizer, "variables", ())
         return tf.nest.flatten(slots() if callable(slots) else slots)
 

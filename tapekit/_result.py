@@ -45,6 +45,8 @@ class OptimizationResult:
         history: one array a recorded quantity, of shape `(steps, ...)`. `"loss"` holds the loss before
             each update, as everywhere in TensorFlow. After `fit` it is that of the batch, and what Keras's
             metrics give beside it is, as in Keras, about the epoch so far.
+        best_loss: the lowest finite loss of the run, if the best variables were kept; NaN if none was finite.
+        best_variables: the variables with that loss, in the same structure; `None` if they were not kept.
         epoch_history: after `fit`, what `keras.callbacks.History` holds, as arrays with one row an epoch;
             else empty.
 
@@ -67,6 +69,8 @@ class OptimizationResult:
     message: str
     history: dict[str, np.ndarray]
     epoch_history: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    best_loss: float | None = None
+    best_variables: Any = None
 
     @property
     def converged(self) -> bool:
@@ -117,17 +121,43 @@ class OptimizationResult:
         else:
             with np.printoptions(precision=6, threshold=8, edgeitems=3):
                 variables = "\n             ".join(str(self.variables).splitlines())
+        best = f", the best {self.best_loss:.6g}" if self.best_loss is not None and self.best_loss < self.loss else ""
         return "\n".join(
             [
                 self.message,
                 f"  reason     {self.reason.name.lower()}: {self.reason.value}",
-                f"  loss       {self.loss:.6g}",
+                f"  loss       {self.loss:.6g}" + best,
                 f"  variables  {variables}",
                 f"  steps      {self.steps}, with {self.evaluations} evaluations in {self.seconds:.3g} s",
                 f"  history    {', '.join(self.history)}",
                 *([f"  epochs     {', '.join(self.epoch_history)}"] if self.epoch_history else []),
             ]
         )
+
+
+class NonFiniteError(ArithmeticError):
+    """Raised at a loss or gradient that is not finite by a loop with `on_nonfinite="raise"`.
+
+    Args:
+        result: what the run had reached.
+
+    Attributes:
+        result: the `OptimizationResult`, with the last finite state.
+
+    Example:
+        >>> import tapekit as tk, tensorflow as tf
+        >>> x = tf.Variable(1.0, name="x")
+        >>> loop = tk.OptimizationLoop("sgd", max_iterations=200, on_nonfinite="raise")
+        >>> try:
+        ...     loop.minimize(lambda: x + 0.0 * tf.math.log(x), [x])
+        ... except tk.NonFiniteError as error:
+        ...     print(error.result.steps)
+        101
+    """
+
+    def __init__(self, result: OptimizationResult) -> None:
+        super().__init__(result.message)
+        self.result = result
 
 
 def _leaves(structure: Any) -> list[np.ndarray]:

@@ -10,6 +10,7 @@ import numpy as np
 from keras import tree
 
 from tapekit._drivers import Advance, Driver, logger
+from tapekit._nonfinite import Rollback
 from tapekit._objective import keras_variable
 from tapekit._records import Records, row
 from tapekit._result import OptimizationResult, StopReason
@@ -17,7 +18,7 @@ from tapekit._tensors import tf_variable
 from tapekit.callbacks import Callback, StopWhen
 from tapekit.callbacks._dispatch import Dispatch, keras_logs, without_keras_loss
 from tapekit.callbacks._variables_model import VariablesModel
-from tapekit.stopping import MaxIterations, either
+from tapekit.stopping import MaxIterations, NonFinite, either
 
 
 class Run:
@@ -31,6 +32,8 @@ class Run:
         steps_per_epoch: the number of steps of an epoch.
         period: after how many steps somebody needs the host at the latest.
         live: whether the caller sees every step, so that no chunk may be longer.
+        on_nonfinite: what to do at a step that is not finite.
+        restore_best: whether to end with the best variables.
     """
 
     def __init__(
@@ -42,7 +45,14 @@ class Run:
         steps_per_epoch: int,
         period: int,
         live: bool,
+        on_nonfinite: Any,
+        restore_best: bool,
     ) -> None:
+        self.interrupted = False
+        self.may_be_left = False
+        self._on_nonfinite = on_nonfinite
+        self._restore_best = restore_best
+        self._rollbacks = 0
         self.dispatch = dispatch
         self.live = live
         self.step = 0
@@ -58,6 +68,7 @@ class Run:
         self._last: Advance | None = None
         self._loss: float | None = None
         self._closed = False
+        self._ended = False
         self._model: Any = None
         self._started = time.perf_counter()
         self._result: OptimizationResult | None = None
@@ -113,6 +124,50 @@ class Run:
             self.step += chunk.taken
             self._last = chunk
 
+    def changes(self) -> list[Any]:
+        """Returns what no other run may change meanwhile: the variables and the optimizer."""
+        variables = [tf_variable(variable) for variable in self._driver.body.variables]
+        return [self._driver.body.updater.optimizer, *variables]
+
+    def heed_interrupt(self) -> None:
+        """Raises `KeyboardInterrupt` if Ctrl-C or SIGTERM has asked for it."""
+        if self.interrupted:
+            raise KeyboardInterrupt
+
+    def judge(self, chunk: Advance) -> int:
+        """Returns the criteria that end the run after a chunk, a bit each; rolls back where that goes before."""
+        if chunk.finite:
+            return chunk.fired
+        best = self._driver.read(chunk.state).best
+        policy = self._on_nonfinite
+        if isinstance(policy, Rollback) and self._rollbacks < policy.times and math.isfinite(best):
+            self._roll_back(policy, best, chunk)
+            return chunk.fired & ~1
+        if policy == "skip" and self._driver.read(chunk.state).nonfinite == 1:
+            logger.warning("step %d was not finite (%s): skipped, as all like it.", self.step, self._last_words())
+        return chunk.fired
+
+    def _last_words(self) -> str:
+        """Returns what was not finite in the last step."""
+        return NonFinite().message((), self._criterion_logs())
+
+    def _criterion_logs(self) -> dict[str, Any]:
+        assert self._last is not None
+        state = self._driver.read(self._last.state)
+        known = {"step": self.step, "evaluations": state.evaluations, "culprits": _listed(self._last.culprits)}
+        return without_keras_loss(self.logs) | known
+
+    def _roll_back(self, policy: Rollback, best: float, chunk: Advance) -> None:
+        self._rollbacks += 1
+        for variable, value in self._driver.body.best:
+            variable.assign(value)
+        rate = self._driver.body.updater.learning_rate
+        rate.assign(rate * policy.factor)
+        logger.warning(
+            "step %d was not finite (%s): rolled back to the best loss %.6g, learning rate now %.3g (%d of %d times).",
+            *(self.step, self._last_words(), best, float(rate), self._rollbacks, policy.times),
+        )
+
     def evaluate(self) -> float:
         """Returns the loss at the present variables."""
         return self._driver.evaluate()
@@ -131,7 +186,7 @@ class Run:
         """Asks the criteria that have ended the run, a bit each, for the reason."""
         assert self._last is not None
         state = self._driver.read(self._last.state)
-        logs = {**without_keras_loss(self.logs), "step": self.step, "evaluations": state.evaluations}
+        logs = self._criterion_logs()
         pairs = enumerate(zip(self._driver.body.criteria, state.criteria, strict=True))
         tell_stop_when(self._callbacks, self._driver.body.criteria, state.criteria, fired, logs)
         self.explanation = either([criterion.explain(s, logs) for bit, (criterion, s) in pairs if fired >> bit & 1])
@@ -150,10 +205,22 @@ class Run:
         """Makes the result from everything that is known now."""
         assert self.explanation is not None
         reason, message = self.explanation
+        state = self._driver.read(self._state)
+        if state.nonfinite and self._on_nonfinite == "skip":
+            message += f"; {state.nonfinite} steps that were not finite were skipped"
+        if self._rollbacks:
+            message += f"; rolled back {self._rollbacks} times"
         loss = self.logs.get("loss", float("nan")) if self._loss is None else self._loss
+        best_loss = best_variables = None
+        if self._driver.body.keeps_best:
+            best_loss, best_variables = self._best(state.best)
+            if self._restore_best and math.isfinite(best_loss):
+                loss = best_loss
         self._result = OptimizationResult(
             loss=loss,
-            variables=tree.map_structure(lambda v: np.asarray(tf_variable(v).numpy()), self._structure),
+            variables=_arrays(self._structure),
+            best_loss=best_loss,
+            best_variables=best_variables,
             steps=self.step - self._first,
             evaluations=(0 if self._last is None else self._last.evaluations) + (self._loss is not None),
             seconds=time.perf_counter() - self._started,
@@ -163,6 +230,26 @@ class Run:
         )
         return self._result
 
+    def _best(self, lowest: float) -> tuple[float, Any]:
+        """Returns the lowest finite loss and the variables that have it, which get them if that is wanted."""
+        last_is_best = self._loss is not None and self._loss < lowest
+        if last_is_best or not math.isfinite(lowest):
+            loss = self._loss if last_is_best and math.isfinite(self._loss) else math.nan
+            return loss, _arrays(self._structure)
+        best = {id(variable): value for variable, value in self._driver.body.best}
+        if self._restore_best:
+            for variable, value in self._driver.body.best:
+                variable.assign(value)
+        return lowest, _arrays(tree.map_structure(lambda v: best.get(id(tf_variable(v)), v), self._structure))
+
+    def break_off(self) -> None:
+        """Ends a run that Ctrl-C or SIGTERM has asked to end, unless it had ended by itself."""
+        if self._ended:
+            return
+        self.explanation = StopReason.INTERRUPTED, f"interrupted after step {self.step}"
+        if not self._closed:
+            self.end()
+
     def end(self) -> None:
         """Ends an epoch that was cut short, calls `on_train_end`, and evaluates the loss of the result."""
         logs = self.logs
@@ -170,6 +257,7 @@ class Run:
         self._close(logs)
         known = None if self._last is None or self.dispatch.any_hook else self._last.loss
         self._loss = self._driver.evaluate() if known is None else known
+        self._ended = True
 
     def fail(self, error: BaseException) -> None:
         """Notes the exception that has ended the run, and lets everyone close what is open."""
@@ -184,6 +272,20 @@ class Run:
         self._closed = True
         broken_off = self.explanation is not None and self.explanation[0] in (StopReason.ERROR, StopReason.INTERRUPTED)
         self.dispatch.train("on_train_end", keras_logs(logs), broken_off)
+
+
+def _listed(culprits: dict[str, str]) -> str:
+    """Returns which gradients were not finite, in words."""
+    first = ", ".join(f"{name} ({count} entries)" for name, count in list(culprits.items())[:_LISTED])
+    rest = len(culprits) - _LISTED
+    return first + (f" and {rest} more" if rest > 0 else "")
+
+
+_LISTED = 5
+
+
+def _arrays(structure: Any) -> Any:
+    return tree.map_structure(lambda variable: np.array(tf_variable(variable).numpy()), structure)
 
 
 def tell_stop_when(callbacks: Any, criteria: Any, states: Any, fired: int, logs: dict[str, Any]) -> None:

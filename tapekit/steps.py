@@ -12,7 +12,8 @@ import tensorflow as tf
 from keras import tree
 
 from tapekit._config import Configurable, Registry
-from tapekit._describe import describe, shape_and_dtype, unique_names
+from tapekit._describe import describe, shape_and_dtype, unique_names, variable_name
+from tapekit._nonfinite import Guard, count_nonfinite
 from tapekit._objective import Objective, used_variables
 from tapekit._optimizers import Updater, all_finite
 from tapekit._tape import Intermediates, collecting
@@ -43,6 +44,8 @@ class Problem:
             `None` until `transform`, `apply` or `minimize` has been called.
         intermediates: the gradients with respect to named intermediates, by name, if they were asked for.
         recorded: what the hooks have added to the logs with `Callback.record`.
+        finite: a scalar bool tensor, whether the loss and the gradients after the hooks are finite; `None` until
+            `apply` or `minimize` has been called, which update nothing if they are not.
 
     Example:
         >>> import tapekit as tk
@@ -61,8 +64,14 @@ class Problem:
         hooks: Sequence[Callable[..., Any]] = (),
         allow_unused: bool = False,
         taken_names: Collection[str] = (),
+        guard: Any = Guard.FINITE,
     ) -> None:
         self.variables = variables
+        self.finite: Any = None
+        self.loss: Any = None
+        self.applied: list[Any] = []
+        self.suspects: list[tuple[str, int]] = []
+        self.counts: list[Any] = []
         self.gradients: list[Any] | None = None
         self.intermediates: dict[str, Any] = {}
         self.recorded: dict[str, Any] = {}
@@ -74,6 +83,7 @@ class Problem:
         self._hooks = hooks
         self._allow_unused = allow_unused
         self._taken_names = taken_names
+        self._guard = guard
 
     def evaluate(self) -> dict[str, tf.Tensor]:
         """Evaluates the objective.
@@ -89,6 +99,7 @@ class Problem:
                 f" received the name {clashing[0]!r} twice."
             )
         self.evaluations += 1
+        self.loss = loss if self.loss is None else self.loss
         return {"loss": loss, **extras}
 
     def loss_and_gradients(self, intermediates: bool | Sequence[str] = False) -> tuple[dict[str, Any], list[Any]]:
@@ -159,6 +170,7 @@ class Problem:
             finite = all_finite(true)
             gradients = [map_values(lambda values: tf.where(finite, values, np.nan), g) for g in gradients]
         self.gradients = [*(self.gradients or ()), *true]
+        self.applied = [*self.applied, *gradients]
         self._updates += 1
         for name, value in recorded.items():
             self.recorded[name if self._updates == 1 else f"{name}_{self._updates}"] = value
@@ -172,7 +184,8 @@ class Problem:
         """
         native = self._updater.native(self.variables)
         self._updater.build(native)
-        self._updater.apply(self.transform(gradients), native)
+        gradients = self.transform(gradients)
+        self.update(lambda: self._updater.apply(gradients, native), gradients, native)
 
     def minimize(self) -> dict[str, tf.Tensor]:
         """Makes the step by the optimizer's `minimize`, or by what Keras 2 had under that name.
@@ -192,8 +205,35 @@ class Problem:
             self._updater.build(self._updater.native(self.variables))
             return self.transform([gradient for gradient in gradients if gradient is not None])
 
-        self._updater.minimize(loss, self.variables, transform)
+        self._updater.minimize(loss, self.variables, transform, self.update)
         return logs
+
+    def update(self, function: Callable[[], Any], gradients: Sequence[Any], variables: Sequence[Any]) -> None:
+        """Calls `function`, which applies the gradients, unless the loss or one of them is not finite.
+
+        Args:
+            function: makes the update.
+            gradients: what it applies, as they are after the hooks.
+            variables: what it updates.
+        """
+        finite = tf.constant(True) if self.loss is None else tf.math.is_finite(self.loss)
+        if not self._updater.scales:  # a scaled gradient that overflows is an ordinary event that the optimizer skips
+            finite &= all_finite(gradients)
+        self.finite = finite if self.finite is None else self.finite & finite
+
+        def update() -> Any:
+            function()
+            return tf.zeros([len(gradients)], tf.int64)
+
+        def refuse() -> Any:
+            return tf.stack([count_nonfinite(gradient) for gradient in gradients])
+
+        if self._guard is Guard.ALWAYS:
+            counts = update()
+        else:
+            counts = tf.cond((finite & (self._guard != Guard.NEVER)) | (self._guard == Guard.ALWAYS), update, refuse)
+        self.suspects += [(variable_name(v), int(np.prod(v.shape))) for v in variables]
+        self.counts += [counts[n] for n in range(len(gradients))]
 
 
 # What may raise inside the objective, and must do so before anything is updated.

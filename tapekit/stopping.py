@@ -443,9 +443,12 @@ class NonFinite(Criterion):
         return state, ~(tf.math.is_finite(logs["loss"]) & logs["gradients_finite"])
 
     def message(self, state, logs):
+        step, culprits = logs["step"], logs.get("culprits")
         if math.isfinite(logs["loss"]):
-            return f"a gradient is not finite at step {logs['step']}, where the loss is {logs['loss']:.6g}"
-        return f"the loss is {logs['loss']} at step {logs['step']}"
+            where = f": {culprits}" if culprits else ""
+            return f"a gradient is not finite at step {step}, where the loss is {logs['loss']:.6g}{where}"
+        where = f"; not finite in its gradient: {culprits}" if culprits else ""
+        return f"the loss is {logs['loss']} at step {step}{where}"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -9,7 +9,7 @@ import tapekit
 
 PACKAGE = pathlib.Path(tapekit.__file__).parent
 LAYERS = [
-    {"_describe", "_tensors", "_config", "_packing", "_records", "_result", "_version", "_xla"},
+    {"_describe", "_tensors", "_config", "_packing", "_records", "_result", "_nonfinite", "_interrupts", "_version", "_xla"},
     {"_explain"},
     {"stopping"},
     {"callbacks", "_tape"},
