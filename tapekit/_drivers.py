@@ -383,7 +383,7 @@ class CompiledDriver(Driver):
         """Takes the steps in one call."""
         program = self._programs[portion.key]
         feed = [leaf for leaf in tf.nest.flatten(portion.feed, expand_composites=True) if leaf is not None]
-        key = program.jit, program.capacity, portion.size, *((part.shape, part.dtype) for part in feed)
+        key = program.jit, self._undoes(program, portion), program.capacity, portion.size, *((part.shape, part.dtype) for part in feed)
         started = time.perf_counter()
         fresh = key not in program.chunks
         if fresh:
@@ -426,7 +426,8 @@ class CompiledDriver(Driver):
 
     def _undoes(self, program: _Program, portion: Portion) -> bool:
         """Returns whether a chunk undoes itself, rather than each step look whether it may update anything."""
-        return self.body.guards and program.jit and portion.batch is not None and not program.draws
+        replays = portion.batch is not None and not program.draws
+        return self.body.guards and program.jit and replays and self._period > 1
 
     def _refuse(self, program: _Program, portion: Portion, state: Any, clock: Any, n: int) -> Any:
         """Makes the step with the n-th batch without an update, and returns what was not finite in it."""
