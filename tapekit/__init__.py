@@ -22,8 +22,8 @@ if _keras.backend.backend() != "tensorflow":
 from tapekit import _session as _session
 from tapekit import callbacks, steps, stopping
 from tapekit._loop import OptimizationLoop
-from tapekit._optimizers import minimize
 from tapekit._nonfinite import Rollback
+from tapekit._optimizers import minimize
 from tapekit._result import NonFiniteError, OptimizationResult, StopReason
 from tapekit._tape import PersistentTape, TapeReleasedError, intermediate
 from tapekit._version import __version__ as __version__

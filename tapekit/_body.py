@@ -11,11 +11,11 @@ import tensorflow as tf
 from keras import tree
 
 from tapekit._describe import describe, shape_and_dtype
+from tapekit._model import TrainStep
 from tapekit._nonfinite import Guard, Rollback
 from tapekit._objective import RESERVED, required_arguments
 from tapekit._optimizers import Updater, all_finite
 from tapekit._tensors import tf_variable
-from tapekit._model import TrainStep
 from tapekit.steps import MinimizeStep, Problem, Step, TapeStep
 from tapekit.stopping import Criterion
 

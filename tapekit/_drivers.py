@@ -383,7 +383,8 @@ class CompiledDriver(Driver):
         """Takes the steps in one call."""
         program = self._programs[portion.key]
         feed = [leaf for leaf in tf.nest.flatten(portion.feed, expand_composites=True) if leaf is not None]
-        key = program.jit, self._undoes(program, portion), program.capacity, portion.size, *((part.shape, part.dtype) for part in feed)
+        undoes = self._undoes(program, portion)
+        key = program.jit, undoes, program.capacity, portion.size, *((part.shape, part.dtype) for part in feed)
         started = time.perf_counter()
         fresh = key not in program.chunks
         if fresh:
@@ -391,7 +392,6 @@ class CompiledDriver(Driver):
         call, captured = program.chunks[key]
         limit = min(limit, program.capacity)
         clock = _constant(seconds if "seconds" in self.body.needs else 0.0, tf.float64)
-        undoes = self._undoes(program, portion)
         before = [tf.raw_ops.ReadVariableOp(resource=v.handle, dtype=v.dtype) for v in program.written if undoes]
         try:
             integers, floats, counts, records = call([_constant(limit, tf.int32), clock, *state, *feed], captured)

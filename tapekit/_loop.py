@@ -18,8 +18,8 @@ from tapekit._body import StepBody
 from tapekit._config import Configurable
 from tapekit._describe import check_integer, check_real, describe
 from tapekit._drivers import Driver, make_driver
-from tapekit._interrupts import claimed, heard_by
 from tapekit._fit import FitArguments, FitRun, keras_defaults
+from tapekit._interrupts import claimed, heard_by
 from tapekit._model import (
     ModelObjective,
     build_model,
@@ -133,7 +133,7 @@ class OptimizationLoop(Hooks, Configurable):
         if keep_best not in (True, False, None):
             raise TypeError(f"`keep_best` must be True, False or None, received {describe(keep_best)}.")
         if keep_best is False and isinstance(self.on_nonfinite, Rollback):
-            raise ValueError("`keep_best` must not be False with on_nonfinite=\"rollback\", which goes back to the best.")
+            raise ValueError('`keep_best` must not be False with on_nonfinite="rollback", which goes back to the best.')
         self.keep_best = keep_best
         if interrupt not in ("raise", "return"):
             raise ValueError(f'`interrupt` must be "raise" or "return", received {describe(interrupt)}.')
@@ -511,14 +511,14 @@ class OptimizationLoop(Hooks, Configurable):
         """Raises if a run could never end, or could not be rolled back."""
         if isinstance(self.on_nonfinite, Rollback) and not hasattr(updater.learning_rate, "assign"):
             raise ValueError(
-                "`optimizer` must have a learning_rate that can be set, not a schedule, for on_nonfinite=\"rollback\","
+                '`optimizer` must have a learning_rate that can be set, not a schedule, for on_nonfinite="rollback",'
                 f" received {describe(updater.optimizer)}."
             )
         parts = [part for criterion in criteria[1:] for part in criterion.parts()]
         limits = [part for part in parts if part.reason is not StopReason.CONVERGED]
         if self.on_nonfinite == "skip" and not (limits or can_stop):
             raise ValueError(
-                "`max_iterations` or another limit must be given with on_nonfinite=\"skip\", since a loss that stays NaN"
+                '`max_iterations` or another limit must be given with on_nonfinite="skip", since a loss that stays NaN'
                 " never converges, received none."
             )
 

@@ -59,8 +59,7 @@ def check_on_nonfinite(value: Any) -> str | Rollback:
     if isinstance(value, Rollback) or value in ("stop", "raise", "skip"):
         return value
     raise ValueError(
-        '`on_nonfinite` must be "stop", "raise", "skip", "rollback" or a tapekit.Rollback, received'
-        f" {describe(value)}."
+        f'`on_nonfinite` must be "stop", "raise", "skip", "rollback" or a tapekit.Rollback, received {describe(value)}.'
     )
 
 

@@ -227,8 +227,7 @@ class Updater:
     def learning_rate(self) -> Any:
         """The learning rate, a variable unless a schedule gives it."""
         optimizer = getattr(self.optimizer, "inner_optimizer", self.optimizer)
-        rate = getattr(optimizer, "_learning_rate", getattr(optimizer, "learning_rate", None))
-        return rate
+        return getattr(optimizer, "_learning_rate", getattr(optimizer, "learning_rate", None))
 
     def slots(self) -> list[Any]:
         """Returns the variables of the optimizer."""

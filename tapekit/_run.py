@@ -232,10 +232,11 @@ class Run:
 
     def _best(self, lowest: float) -> tuple[float, Any]:
         """Returns the lowest finite loss and the variables that have it, which get them if that is wanted."""
-        last_is_best = self._loss is not None and self._loss < lowest
-        if last_is_best or not math.isfinite(lowest):
-            loss = self._loss if last_is_best and math.isfinite(self._loss) else math.nan
-            return loss, _arrays(self._structure)
+        last = math.nan if self._loss is None else self._loss
+        if math.isfinite(last) and last < lowest:
+            return last, _arrays(self._structure)
+        if not math.isfinite(lowest):
+            return math.nan, _arrays(self._structure)
         best = {id(variable): value for variable, value in self._driver.body.best}
         if self._restore_best:
             for variable, value in self._driver.body.best:

@@ -147,6 +147,7 @@ OBJECTS = {
     "VariablesChangeBelow": (VariablesChangeBelow(1e-3, 0.1), VariablesChangeBelow(1e-3, 0.2)),
     "LossPlateau": (LossPlateau(5, min_delta=0.1), LossPlateau(5)),
     "NonFinite": (NonFinite(), MaxIterations(1)),
+    "Rollback": (tk.Rollback(0.1, times=5), tk.Rollback(0.1)),
     "AnyOf": (LossBelow(1) | MaxIterations(3) | NonFinite(), LossBelow(1) | NonFinite() | MaxIterations(3)),
     "AllOf": (LossBelow(1) & MaxIterations(3), LossBelow(1) | MaxIterations(3)),
     "ForSteps": (LossBelow(1).for_steps(3), LossBelow(1).for_steps(4)),

@@ -9,8 +9,19 @@ import tapekit
 
 PACKAGE = pathlib.Path(tapekit.__file__).parent
 LAYERS = [
-    {"_describe", "_tensors", "_config", "_packing", "_records", "_result", "_nonfinite", "_interrupts", "_version", "_xla"},
-    {"_explain"},
+    {
+        "_describe",
+        "_tensors",
+        "_config",
+        "_packing",
+        "_records",
+        "_result",
+        "_nonfinite",
+        "_interrupts",
+        "_version",
+        "_xla",
+    },
+    {"_explain", "_nonfinite", "_interrupts"},
     {"stopping"},
     {"callbacks", "_tape"},
     {"_objective", "_optimizers", "steps", "_data", "_model", "_arguments"},

@@ -681,7 +681,7 @@ def test_every_driver_stops_where_something_is_not_finite_and_never_calls_it_con
     )
     result = loop.minimize(loss, [x])
     assert (result.steps, result.reason, result.converged) == (step, NOT_FINITE, False)
-    assert result.message.partition(";")[0] == message
+    assert result.message.startswith(message)
 
 
 class Descending(Criterion):
