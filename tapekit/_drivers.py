@@ -426,8 +426,7 @@ class CompiledDriver(Driver):
 
     def _undoes(self, program: _Program, portion: Portion) -> bool:
         """Returns whether a chunk undoes itself, rather than each step look whether it may update anything."""
-        replays = portion.batch is not None and not program.draws
-        return self.body.guards and program.jit and replays and self._period > 1
+        return self.body.guards and program.jit and portion.batch is not None and not program.draws
 
     def _refuse(self, program: _Program, portion: Portion, state: Any, clock: Any, n: int) -> Any:
         """Makes the step with the n-th batch without an update, and returns what was not finite in it."""

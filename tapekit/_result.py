@@ -146,13 +146,13 @@ class NonFiniteError(ArithmeticError):
 
     Example:
         >>> import tapekit as tk, tensorflow as tf
-        >>> x = tf.Variable(1.0, name="x")
+        >>> x = tf.Variable(0.0)
         >>> loop = tk.OptimizationLoop("sgd", max_iterations=200, on_nonfinite="raise")
         >>> try:
-        ...     loop.minimize(lambda: x + 0.0 * tf.math.log(x), [x])
+        ...     loop.minimize(lambda: 1.0 / x, [x])
         ... except tk.NonFiniteError as error:
-        ...     print(error.result.steps)
-        101
+        ...     print(error.result.steps, error.result.variables)
+        1 [array(0., dtype=float32)]
     """
 
     def __init__(self, result: OptimizationResult) -> None:

@@ -216,6 +216,9 @@ class Problem:
             gradients: what it applies, as they are after the hooks.
             variables: what it updates.
         """
+        if self._guard is Guard.ALWAYS:
+            function()
+            return
         finite = tf.constant(True) if self.loss is None else tf.math.is_finite(self.loss)
         if not self._updater.scales:  # a scaled gradient that overflows is an ordinary event that the optimizer skips
             finite &= all_finite(gradients)
@@ -228,10 +231,7 @@ class Problem:
         def refuse() -> Any:
             return tf.stack([count_nonfinite(gradient) for gradient in gradients])
 
-        if self._guard is Guard.ALWAYS:
-            counts = update()
-        else:
-            counts = tf.cond((finite & (self._guard != Guard.NEVER)) | (self._guard == Guard.ALWAYS), update, refuse)
+        counts = tf.cond((finite & (self._guard != Guard.NEVER)) | (self._guard == Guard.ALWAYS), update, refuse)
         self.suspects += [(variable_name(v), int(np.prod(v.shape))) for v in variables]
         self.counts += [counts[n] for n in range(len(gradients))]
 
