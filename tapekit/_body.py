@@ -107,7 +107,8 @@ class StepBody:
             kept = [*self.variables, *self.objective.evaluated, *rest]
             known = {id(tf_variable(variable)): best for variable, best in self.best}
             kept = list({id(tf_variable(variable)): tf_variable(variable) for variable in kept}.values())
-            self.best = [(v, known.get(id(v)) or tf.Variable(v, trainable=False, name="best")) for v in kept]
+            fresh = {id(v): tf.Variable(v, trainable=False, name="best") for v in kept if id(v) not in known}
+            self.best = [(v, (known | fresh)[id(v)]) for v in kept]
 
     def __call__(self, state: State, seconds: Any, batch: Any = (), guard: Any = Guard.FINITE) -> Any:
         """Makes one step and returns the next state, the row to record and the `Verdict`."""

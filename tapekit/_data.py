@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import collections
 import random
 import warnings
+import zlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import keras
 import numpy as np
 import tensorflow as tf
 from keras import tree
 from keras.src.trainers.data_adapters import array_slicing, get_data_adapter
 from keras.src.trainers.data_adapters.array_data_adapter import ArrayDataAdapter
+from keras.src.trainers.data_adapters.generator_data_adapter import GeneratorDataAdapter
 from keras.src.trainers.data_adapters.tf_dataset_adapter import TFDatasetAdapter
 from keras.src.trainers.epoch_iterator import EpochIterator
+
+from tapekit._random_state import host_random_state, set_host_random_state
 
 
 class Portion(NamedTuple):
@@ -80,6 +86,8 @@ class _DevicePass:
         """Notes that `count` batches were taken."""
         self._next += count
 
+    skip = advance
+
 
 class _StreamPass:
     """One pass over a `tf.data.Dataset`."""
@@ -94,6 +102,11 @@ class _StreamPass:
 
     def advance(self, count: int) -> None:
         """The iterator knows where it is."""
+
+    def skip(self, count: int) -> None:
+        """Takes `count` batches that nobody needs."""
+        for _ in range(count):
+            next(self._iterator)
 
 
 class Batches:
@@ -134,7 +147,9 @@ class Batches:
             self._dataset = self._ordered_stream() if self._ordered else self._adapter.get_tf_dataset()
         self._known = self._adapter.num_batches
         self._seed = random.getrandbits(64) if self._ordered else 0
-        self._passes = 0
+        self._passes = self._iterators = 0
+        self._host: Any = None
+        """The state of the random generators of Python and NumPy when the pass began, if Python makes the batches."""
         self._pass: Any = None
         self._seen = 0
         self._left: int | None = None
@@ -152,16 +167,71 @@ class Batches:
         return self._arrays is not None
 
     @property
-    def spec(self) -> Any:
-        """The `tf.TypeSpec`s of the first batch."""
+    def sample(self) -> Portion:
+        """The first batches of a pass, for their shape alone; none is taken."""
         if self._arrays is None:
-            return self._dataset.element_spec
-        return _DevicePass(self._arrays, self._adapter.batch_size, None).portion().spec
+            spec = self._dataset.element_spec
+            return Portion(repr(spec), spec, 0, None, None, None)
+        return _DevicePass(self._arrays, self._adapter.batch_size, None).portion()
 
     @property
     def num_batches(self) -> int | None:
         """How many batches an epoch has, if that is known."""
         return self._steps_per_epoch or self._known
+
+    def identity(self) -> dict[str, Any]:
+        """Returns what tells the data from others in another process, in plain data."""
+        arrays = self._adapter._inputs if isinstance(self._adapter, ArrayDataAdapter) else ()
+        dense = [leaf for leaf in tree.flatten(arrays) if isinstance(leaf, (np.ndarray, tf.Tensor))]
+        return {
+            "data": repr(self.sample.spec),
+            "batches an epoch": self.num_batches,
+            "shuffle": self._shuffle,
+            "checksum of the data": [_checksum(leaf) for leaf in dense],
+        }
+
+    def unsaved(self) -> list[str]:
+        """Returns what of the place in the data and its order cannot be saved, in words."""
+        if self._arrays is not None or self._ordered:
+            return []
+        if isinstance(self._adapter, TFDatasetAdapter):
+            return _unrepeatable(self._adapter._dataset)
+        source = getattr(self._adapter, "py_dataset", None)
+        hooks = [name for name in ("on_epoch_begin", "on_epoch_end") if _overrides_hook(source, name)]
+        return [f"what {' and '.join(hooks)} of {type(source).__name__} have changed"] if hooks else []
+
+    def state(self) -> dict[str, Any]:
+        """Returns the place in the data, in plain data."""
+        return {
+            "seed": self._seed,
+            "passes": self._passes,
+            "iterators": self._iterators,
+            "seen": self._seen,
+            "left": self._left,
+            "over": self._over,
+            "known": self._known,
+            "passing": self._pass is not None,
+            "host": self._host,
+        }
+
+    def resume(self, state: dict[str, Any]) -> None:
+        """Goes to a place in the data of another process. A stream is taken up to it again, batch by batch."""
+        self._seed, self._passes, self._known = state["seed"], state["passes"], state["known"]
+        if self._arrays is None:
+            self._iterators = state["iterators"] - state["passing"]
+            for _ in range(self._iterators):
+                iterator = iter(self._dataset)  # which moves the seeds of a shuffle on
+                if isinstance(self._adapter, GeneratorDataAdapter):
+                    collections.deque(iterator, maxlen=0)
+        if state["passing"]:
+            self._passes -= 1
+            self._host = state["host"]
+            if self._host:
+                set_host_random_state(self._host)
+            self._adapter.on_epoch_begin()
+            self._begin_pass()
+            self._pass.skip(state["seen"])
+        self._seen, self._left, self._over = state["seen"], state["left"], state["over"]
 
     def reset(self) -> None:
         """Makes the next epoch begin with a new pass over the data."""
@@ -169,8 +239,11 @@ class Batches:
 
     def begin_epoch(self) -> None:
         """Begins an epoch, with a new pass over the data unless an epoch is only a part of one."""
+        begins = self._pass is None or self._steps_per_epoch is None
+        if begins and self.may_raise:
+            self._host = host_random_state()
         self._adapter.on_epoch_begin()
-        if self._pass is None or self._steps_per_epoch is None:
+        if begins:
             self._begin_pass()
         self._left = self.num_batches
         self._over = False
@@ -206,6 +279,7 @@ class Batches:
         if self._arrays is None:
             if self._ordered:
                 self._stream_order.assign(self._order())
+            self._iterators += 1
             self._pass = _StreamPass(self._dataset)
         else:
             self._pass = _DevicePass(self._arrays, self._adapter.batch_size, self._order())
@@ -242,6 +316,7 @@ class Batches:
         if self._known and self._seen >= self._known:
             self._pass = None
             if self._arrays is None and self._steps_per_epoch is None and hasattr(EpochIterator, "reset"):
+                self._iterators += 1
                 iter(self._dataset)  # as newer versions of Keras do, so that a dataset shuffles as it does there
         self._adapter.on_epoch_end()
 
@@ -251,6 +326,30 @@ class Batches:
             " `epochs` batches are needed, for which a tf.data.Dataset may be repeated.",
             stacklevel=2,
         )
+
+
+def _checksum(leaf: Any) -> int:
+    array: Any = np.ascontiguousarray(leaf)
+    return zlib.crc32(array.view(np.uint8)) if array.size else 0
+
+
+def _unrepeatable(dataset: Any) -> list[str]:
+    """Returns which parts of a pipeline do not give the same again in another process, in words."""
+    found = []
+    if dataset.options().deterministic is False:
+        found.append("the order of a tf.data.Dataset with options().deterministic = False")
+    waiting = [dataset]
+    while waiting:
+        part = waiting.pop()
+        waiting += part._inputs()
+        seeds = [getattr(part, name, None) for name in ("_seed", "_seed2")]
+        if "Shuffle" in type(part).__name__ and not any(seed is None or int(seed) for seed in seeds):
+            found.append("the order of Dataset.shuffle without a seed (give one, or call keras.utils.set_random_seed)")
+    return found
+
+
+def _overrides_hook(source: Any, name: str) -> bool:
+    return source is not None and getattr(type(source), name) is not getattr(keras.utils.PyDataset, name)
 
 
 def _gather(rows: Any, arrays: Any) -> Any:

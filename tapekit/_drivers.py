@@ -78,8 +78,18 @@ class Driver:
         self.body = body
         self.traces = 0
         self.kept_alive: Any = None
+        self.traced_loss: Any = None
+        """The objective, traced, if it needs no batch and is compiled."""
         self._longest = longest
         self._pace = Pace()
+
+    @property
+    def steps(self) -> list[Any]:
+        """The traced steps, if there are any."""
+        return []
+
+    def build(self) -> None:
+        """Makes the variables that are otherwise made in the first step."""
 
     def prepare(self, period: int, portion: Portion = NO_DATA) -> None:
         """Gets ready for batches of a shape, and for somebody who needs the host every `period` steps at the latest."""
@@ -88,8 +98,8 @@ class Driver:
         """Returns how many steps the next chunk should have if nobody needs the host before."""
         return min(self._pace.limit(), self._longest)
 
-    def begin(self, step: int = 0) -> Any:
-        """Returns the state before the first step, in the driver's own form; `step` were taken by another run."""
+    def begin(self, state: State | None = None) -> Any:
+        """Returns the state to go on from, in the driver's own form: the initial one, or what `read` has returned."""
         raise NotImplementedError
 
     def read(self, state: Any) -> State:
@@ -119,16 +129,21 @@ class EagerDriver(Driver):
         super().__init__(body, longest)
         self._shapes: dict[str, tuple[int, ...]] = {}
 
-    def begin(self, step: int = 0) -> State:
-        """Returns the initial state as tensors."""
+    def begin(self, state: State | None = None) -> State:
+        """Returns the state as tensors."""
         self._shapes = {}
-        state: Any = tree.map_structure(tf.convert_to_tensor, self.body.initial._replace(step=np.asarray(step)))
-        return state
+        tensors: Any = tree.map_structure(tf.convert_to_tensor, self.body.initial if state is None else state)
+        return tensors
 
     def read(self, state: State) -> State:
         """Returns the state as Python numbers and NumPy arrays."""
         numbers: Any = tree.map_structure(lambda leaf: number(leaf.numpy()), state)
         return numbers
+
+    def build(self) -> None:
+        """Makes the variables of the optimizer and the strategy."""
+        self.body.updater.build(self.body.updater.native(self.body.variables))
+        self.body.build()
 
     def limit(self) -> int:
         """Returns 1: an error in a later step then loses nothing of an earlier one."""
@@ -234,9 +249,10 @@ class CompiledDriver(Driver):
 
     def __init__(self, body: StepBody, longest: int, loss: Any, jit_compile: bool | str) -> None:
         super().__init__(body, longest)
-        self._loss = loss
+        self.traced_loss = loss
         self._strict = jit_compile is True
         self._jit = bool(jit_compile)
+        self._tries = not self._strict
         start = _Packed(np.int32(0), np.int32(0), np.float64(np.nan), np.bool_(False), np.bool_(True), body.initial)
         self._packing = Packing(start)
         self._programs: dict[Any, _Program] = {}
@@ -252,7 +268,7 @@ class CompiledDriver(Driver):
             self._programs[key] = _Program(step, 1, self._jit)
             self._choose(op_types(step))
             self._set(self._programs[key], period, portion)
-            if self._programs[key].jit and not self._strict and portion.key and portion.batch:
+            if self._programs[key].jit and self._tries and portion.key and portion.batch:
                 self._try_both(self._programs[key], portion)
         self._set(self._programs[key], period, portion)
 
@@ -266,6 +282,20 @@ class CompiledDriver(Driver):
     def steps(self) -> list[Any]:
         """The traced steps, one for each shape of batches."""
         return [program.step for program in self._programs.values()]
+
+    @property
+    def written(self) -> list[tf.Variable]:
+        """What the steps that are traced change."""
+        return [variable for program in self._programs.values() for variable in program.written]
+
+    @property
+    def jit(self) -> bool:
+        """Whether XLA compiles the steps, as far as that is known; setting it decides."""
+        return self._jit
+
+    @jit.setter
+    def jit(self, value: bool) -> None:
+        self._jit, self._tries = value, False
 
     def _trace(self, seconds: Any, leaves: Any, batch: Any, guard: Any) -> Any:
         self.traces += 1
@@ -357,7 +387,7 @@ class CompiledDriver(Driver):
             taken, verdict, exhausted, leaves, records = end
             unknown = tf.constant(np.nan, tf.float64)
             known = (verdict.fired != 0) & verdict.finite
-            loss = tf.cond(known, lambda: self._loss(), lambda: unknown) if self._loss else unknown
+            loss = tf.cond(known, lambda: self.traced_loss(), lambda: unknown) if self.traced_loss else unknown
             integers, floats = packing.pack([taken, verdict.fired, loss, exhausted, verdict.finite, *leaves])
             return integers, floats, verdict.counts, {name: record.stack() for name, record in records.items()}
 
@@ -368,12 +398,11 @@ class CompiledDriver(Driver):
         # The public call spends 35 us on matching arguments to the signature, a third of a live step.
         return function._call_flat, function.captured_inputs
 
-    def begin(self, step: int = 0) -> tuple[tf.Tensor, tf.Tensor]:
-        """Returns the initial state, packed."""
-        if not step:
+    def begin(self, state: State | None = None) -> tuple[tf.Tensor, tf.Tensor]:
+        """Returns the state, packed."""
+        if state is None:
             return self._packing.initial
-        start = self._packing.structure._replace(state=self.body.initial._replace(step=np.asarray(step)))
-        return self._packing.pack(tree.flatten(start))
+        return self._packing.pack(tree.flatten(self._packing.structure._replace(state=state)))
 
     def read(self, state: tuple[tf.Tensor, tf.Tensor]) -> State:
         """Returns the state as Python numbers and NumPy arrays."""
@@ -420,7 +449,7 @@ class CompiledDriver(Driver):
         elif not fresh and taken:
             self._pace.observe(taken, time.perf_counter() - started)
         columns = {name: _array(record) for name, record in records.items()}
-        loss = _array(floats)[0].item() if fired and finite and self._loss else None
+        loss = _array(floats)[0].item() if fired and finite and self.traced_loss else None
         exhausted, finite = bool(exhausted), bool(finite)
         return Advance((integers, floats), taken, fired, evaluations, columns, loss, exhausted, finite, culprits)
 
@@ -442,7 +471,7 @@ class CompiledDriver(Driver):
 
     def evaluate(self) -> float:
         """Runs the traced objective."""
-        return float(self._loss())
+        return float(self.traced_loss())
 
 
 def _spec(leaf: Any) -> Any:

@@ -294,6 +294,8 @@ class FitRun(Run):
         self._epoch = self._epoch_first = 0
         self._portion: Any = None
         self._shape: Any = None
+        self._inside = False
+        """Whether an epoch has begun and not ended."""
         self._last_batch: Callable[[], Any] | None = None
         self._epoch_logs: dict[str, Any] = {}
         self._epoch_history: dict[str, list[Any]] = {}
@@ -309,21 +311,58 @@ class FitRun(Run):
         params = {"verbose": verbose, "epochs": epochs, "steps": self._batches.num_batches}
         self._callback_list = LoopCallbackList(self._callbacks, self._model, **params)
         self._model.stop_training = False
-        self._driver.body.step.reset()
-        self.dispatch.train("on_train_begin")
+        self._begin_training()
+        self._epoch = self._model._initial_epoch or self._arguments.initial_epoch
+        if self._saved:
+            self._resume(self._saved)
 
     def epochs(self) -> Iterator[int]:
         """Begins one epoch after the other, until something ends the run."""
-        for epoch in range(self._model._initial_epoch or self._arguments.initial_epoch, self._arguments.epochs):
-            self._epoch, self._epoch_first = epoch, self.step
-            self._model.reset_metrics()
-            self.dispatch.begin_epoch(epoch, self.step + 1)
-            self._batches.begin_epoch()
+        while self._epoch < self._arguments.epochs and not self.explanation:
+            if not self._inside:
+                self._epoch_first = self.step
+                self._begin_epoch()
+                self._batches.begin_epoch()
+                self._inside = True
             self._portion = self._batches.portion()
-            yield epoch
-            if self.explanation:
-                return
-        self.explanation = StopReason.LIMIT, f"the last of {self._arguments.epochs} epochs ended at step {self.step}"
+            yield self._epoch
+            self._inside = False
+            self._epoch += 1
+        self.explanation = self.explanation or (
+            StopReason.LIMIT,
+            f"the last of {self._arguments.epochs} epochs ended at step {self.step}",
+        )
+
+    def _begin_epoch(self) -> None:
+        self._model.reset_metrics()
+        self.dispatch.begin_epoch(self._epoch, self._epoch_first + 1)
+
+    def _data(self) -> tuple[dict[str, Any], list[str]]:
+        return self._batches.identity(), self._batches.unsaved()
+
+    def _ending(self) -> list[str]:
+        return [*super()._ending(), f"{self._arguments.epochs} epochs"]
+
+    def _progress(self) -> dict[str, Any]:
+        return super()._progress() | {
+            "epoch": self._epoch,
+            "inside": self._inside,
+            "epoch_first": self._epoch_first,
+            "epoch_logs": self._epoch_logs,
+            "epoch_history": self._epoch_history,
+            "names": self._objective.names,
+            "batches": self._batches.state(),
+        }
+
+    def _reenter(self, progress: dict[str, Any]) -> None:
+        self._epoch, self._inside = progress["epoch"], progress["inside"]
+        self._epoch_first = progress["epoch_first"]
+        self._epoch_logs, self._epoch_history = progress["epoch_logs"], progress["epoch_history"]
+        self._objective.names = progress["names"]
+        if self._inside:
+            self._begin_epoch()
+        self._driver.prepare(self._period, self._batches.sample)
+        self._batches.resume(progress["batches"])
 
     @property
     def in_epoch(self) -> bool:
@@ -364,6 +403,7 @@ class FitRun(Run):
 
     def end(self) -> None:
         """Lets the optimizer finish, as Keras does, and calls `on_train_end`."""
+        self._save_at_end()
         if self.step and isinstance(self._model.optimizer, keras.optimizers.Optimizer):
             self._model.optimizer.finalize_variable_values(self._model.trainable_weights)
         self._close(self._epoch_logs)

@@ -35,7 +35,7 @@ from tapekit._nonfinite import Rollback, check_on_nonfinite
 from tapekit._objective import Objective, check_variables, required_arguments
 from tapekit._optimizers import Updater
 from tapekit._result import NonFiniteError, OptimizationResult, StopReason
-from tapekit._run import Run
+from tapekit._run import Run, saved_run
 from tapekit._tensors import KerasVariable
 from tapekit.callbacks._base import Hooks
 from tapekit.callbacks._dispatch import Dispatch, overridden
@@ -145,6 +145,7 @@ class OptimizationLoop(Hooks, Configurable):
         self._lock = threading.Lock()
         self._stop_message: str | None = None
         self._current: Run | None = None
+        self._not_state = frozenset({*vars(self), "_not_state"})
 
     def minimize(
         self,
@@ -155,6 +156,7 @@ class OptimizationLoop(Hooks, Configurable):
         *,
         allow_unused: bool = False,
         restore_best: bool = False,
+        resume_from: Any = None,
     ) -> OptimizationResult:
         """Minimizes a function over variables.
 
@@ -168,6 +170,9 @@ class OptimizationLoop(Hooks, Configurable):
             allow_unused: let variables pass on which the loss does not depend; they stay as they are.
             restore_best: end with the variables of the lowest finite loss rather than the last ones,
                 whichever way the run ends.
+            resume_from: the directory of a `callbacks.Checkpoint`, from whose newest whole checkpoint the run goes
+                on; the result is that of the whole run. Where there is none yet, the run begins anew if one of
+                its callbacks saves there. A run that had ended is not gone on with unless its criteria have changed.
 
         Returns:
             The `OptimizationResult`, which is `self.result` too.
@@ -175,7 +180,8 @@ class OptimizationLoop(Hooks, Configurable):
         Raises:
             NonFiniteError: a loss or gradient is not finite, and `on_nonfinite` is "raise".
             TypeError: `loss`, a variable or a callback is of the wrong kind.
-            ValueError: the loss is not a scalar or does not depend on a variable, or nothing would end the run.
+            ValueError: the loss is not a scalar or does not depend on a variable, nothing would end the run, or
+                `resume_from` holds nothing, or checkpoints that are damaged or of another run.
             RuntimeError: the loop runs already, or is called inside a `tf.function`.
 
         Example:
@@ -185,7 +191,7 @@ class OptimizationLoop(Hooks, Configurable):
             >>> loop.minimize(lambda: x**2 + tf.reduce_sum(y**2), {"x": x, "y": y}).variables["y"].shape
             (2,)
         """
-        run = self._prepare(loss, variables, callbacks, steps_per_epoch, allow_unused, restore_best, live=False)
+        run = self._prepare(loss, variables, callbacks, steps_per_epoch, allow_unused, restore_best, resume_from)
         with self._running(run):
             while run.explanation is None:
                 self._advance(run)
@@ -229,7 +235,7 @@ class OptimizationLoop(Hooks, Configurable):
             >>> loop.result.steps, loop.result.message
             (3, 'stopped at step 3: the caller left the loop')
         """
-        return self._iterate(self._prepare(loss, variables, callbacks, steps_per_epoch, allow_unused, False, live=True))
+        return self._iterate(self._prepare(loss, variables, callbacks, steps_per_epoch, allow_unused, live=True))
 
     def _iterate(self, run: Run) -> Iterator[tuple[int, dict[str, Any]]]:
         with self._running(run):
@@ -266,6 +272,7 @@ class OptimizationLoop(Hooks, Configurable):
         metrics: Any = None,
         device_bytes: int = 1 << 30,
         restore_best: bool = False,
+        resume_from: Any = None,
     ) -> OptimizationResult:
         """Trains a Keras model as its own `fit` does, with the criteria, hooks and speed of this loop.
 
@@ -298,6 +305,7 @@ class OptimizationLoop(Hooks, Configurable):
             metrics: the metrics with which a model that is not compiled is compiled.
             device_bytes: arrays of more bytes in all are streamed rather than put on the device.
             restore_best: end with the weights before the batch of the lowest finite loss rather than the last ones.
+            resume_from: see `minimize`; the run goes on in the middle of its epoch, with the batches that were left.
 
         Returns:
             The `OptimizationResult`: `history` has a row a step with the loss of that very batch,
@@ -305,8 +313,9 @@ class OptimizationLoop(Hooks, Configurable):
 
         Raises:
             TypeError: an argument is of the wrong kind.
-            ValueError: an argument has a wrong value, the model is not compiled and no `loss` is given, or the
-                step strategy and the model's own `train_step` exclude each other.
+            ValueError: an argument has a wrong value, the model is not compiled and no `loss` is given, the
+                step strategy and the model's own `train_step` exclude each other, or `resume_from` holds nothing, or
+                checkpoints that are damaged or of another run.
             RuntimeError: the loop runs already, or is called inside a `tf.function`.
             NonFiniteError: a loss or gradient is not finite, and `on_nonfinite` is "raise".
 
@@ -344,6 +353,7 @@ class OptimizationLoop(Hooks, Configurable):
             loss,
             metrics,
             restore_best,
+            resume_from,
         )
         with self._running(run):
             for _ in run.epochs():
@@ -414,6 +424,7 @@ class OptimizationLoop(Hooks, Configurable):
         if fired := run.judge(chunk):
             run.explain(fired)
         self._heed_stop(run)
+        run.save_if_due()
 
     def _heed_stop(self, run: Run) -> bool:
         """Ends the run if a hook has asked for it, unless it has ended already."""
@@ -464,7 +475,17 @@ class OptimizationLoop(Hooks, Configurable):
         if self._lock.locked():
             raise RuntimeError(_RUNNING)
 
-    def _prepare(self, loss, variables, callbacks, steps_per_epoch, allow_unused, restore_best, live) -> Run:
+    def _prepare(
+        self,
+        loss: Any,
+        variables: Any,
+        callbacks: Any,
+        steps_per_epoch: int,
+        allow_unused: bool,
+        restore_best: bool = False,
+        resume_from: Any = None,
+        live: bool = False,
+    ) -> Run:
         self._check_can_run()
         if self._updater is None:
             raise ValueError("`optimizer` must be given to the loop for a function to be minimized, received None.")
@@ -474,6 +495,7 @@ class OptimizationLoop(Hooks, Configurable):
         self._check_step_provides(extra)
         owners = [*self.callbacks, *extra]
         check_callbacks(owners, self.optimizer)
+        saved = saved_run(resume_from, owners)
         dispatch = Dispatch([self, *owners], check_integer(steps_per_epoch, "steps_per_epoch", 1))
         if not (live or self._criteria_of(owners)[1:] or dispatch.can_stop):
             raise ValueError(
@@ -497,7 +519,9 @@ class OptimizationLoop(Hooks, Configurable):
         structure = list(driver.body.variables) if variables is None else variables
         if isinstance(structure, (tf.Variable, KerasVariable)):
             structure = [structure]
-        return Run(driver, dispatch, owners, structure, steps_per_epoch, period, live, self.on_nonfinite, restore_best)
+        run = Run(driver, dispatch, owners, structure, steps_per_epoch, period, live, self.on_nonfinite, restore_best)
+        run.remember(self, saved)
+        return run
 
     def _keeps_best(self, default: bool, restore_best: bool) -> bool:
         """Returns whether a run keeps the best variables."""
@@ -528,7 +552,14 @@ class OptimizationLoop(Hooks, Configurable):
         return check_count([*self._criteria, *more])
 
     def _prepare_fit(
-        self, model: Any, callbacks: Any, arguments: FitArguments, loss: Any, metrics: Any, restore_best: bool
+        self,
+        model: Any,
+        callbacks: Any,
+        arguments: FitArguments,
+        loss: Any,
+        metrics: Any,
+        restore_best: bool,
+        resume_from: Any,
     ) -> FitRun:
         self._check_can_run()
         check_model(model, loss, self.optimizer)
@@ -538,13 +569,14 @@ class OptimizationLoop(Hooks, Configurable):
         owners = [*self.callbacks, *extra]
         criteria = self._criteria_of(owners)
         keeps_best = self._keeps_best(False, restore_best)
+        saved = saved_run(resume_from, owners)
         batches, validation = arguments.data(model, endless=len(criteria) > 1)
         compile_model(model, self.optimizer, loss, metrics)
         owners += keras_defaults(owners, arguments.verbose)
         dispatch = Dispatch([self, *owners], None, model.steps_per_execution)
         eager = self.run_eagerly or model.run_eagerly
         optimizer = self._fit_optimizer(model)
-        build_model(model, optimizer, batches.spec, eager)
+        build_model(model, optimizer, batches.sample.spec, eager and not saved)
         self._check_on_nonfinite(Updater(optimizer), criteria, can_stop=True)
         objective, variables = ModelObjective(model), list(model.trainable_variables)
         kept = (model, optimizer, model._loss_tracker, *variables)
@@ -558,7 +590,9 @@ class OptimizationLoop(Hooks, Configurable):
             jit_compile_for(model, self.jit_compile),
             keeps_best,
         )
-        return FitRun(driver, dispatch, owners, batches, validation, arguments, self.on_nonfinite, restore_best)
+        run = FitRun(driver, dispatch, owners, batches, validation, arguments, self.on_nonfinite, restore_best)
+        run.remember(self, saved)
+        return run
 
     def _fit_optimizer(self, model: Any) -> Any:
         """Returns the optimizer of a fit: the loop's, which scales the loss if Keras would have it do so."""

@@ -224,6 +224,16 @@ class ModelObjective:
         self.names = list(self._logs)
         return {KERAS_LOSS if name == "loss" else name: value for name, value in self._logs.items()}
 
+    def identity(self) -> dict[str, Any]:
+        """Returns what tells the model and its loss from others in another process, in plain data."""
+        losses = tree.flatten(self.model.loss)
+        layers = self.model._flatten_layers(include_self=False)
+        return {
+            "model": type(self.model).__name__,
+            "layers": [[type(layer).__name__, _settings(layer)] for layer in layers],
+            "loss": [loss.get_config() if isinstance(loss, keras.Loss) else describe(loss) for loss in losses],
+        }
+
     @property
     def evaluated(self) -> list[Any]:
         """What an evaluation changes, but for random states: statistics of the batches, and the metrics."""
@@ -235,6 +245,16 @@ class ModelObjective:
         optimizers = _optimizers(self.model) if has_own_train_step(self.model) else []
         slots = [variable for optimizer in optimizers for variable in optimizer.variables]
         return [*self.model.non_trainable_variables, *self.model.metrics_variables, *slots]
+
+
+def _settings(layer: Any) -> dict[str, Any]:
+    """Returns the configuration of a layer without its name, if it has one and is not made of others."""
+    if isinstance(layer, keras.Model):
+        return {}
+    try:
+        return {name: value for name, value in layer.get_config().items() if name != "name"}
+    except NotImplementedError:  # a layer of the user's own that cannot be saved by Keras either
+        return {}
 
 
 def _without_optional(leaf: Any) -> Any:

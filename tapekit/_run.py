@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import math
+import os
 import time
+from collections.abc import Sequence
 from typing import Any
 
+import keras
 import numpy as np
 from keras import tree
 
-from tapekit._drivers import Advance, Driver, logger
+from tapekit._body import State
+from tapekit._drivers import Advance, CompiledDriver, Driver, logger
+from tapekit._memory import Memory
 from tapekit._nonfinite import Rollback
 from tapekit._objective import keras_variable
 from tapekit._records import Records, row
 from tapekit._result import OptimizationResult, StopReason
+from tapekit._store import Saved, Store
 from tapekit._tensors import tf_variable
-from tapekit.callbacks import Callback, StopWhen
+from tapekit.callbacks import Callback, Checkpoint, StopWhen
+from tapekit.callbacks._checkpoint import check_directory
 from tapekit.callbacks._dispatch import Dispatch, keras_logs, without_keras_loss
 from tapekit.callbacks._variables_model import VariablesModel
 from tapekit.stopping import MaxIterations, NonFinite, either
@@ -69,9 +76,35 @@ class Run:
         self._loss: float | None = None
         self._closed = False
         self._ended = False
+        self._checkpoints = [callback for callback in callbacks if isinstance(callback, Checkpoint)]
+        self._memory: Any = None
+        self._saved: Saved | None = None
+        self._told_unsaved = False
+        self._was_explained: Any = None
         self._model: Any = None
         self._started = time.perf_counter()
         self._result: OptimizationResult | None = None
+
+    def remember(self, loop: Any, saved: Saved | None) -> None:
+        """Gets ready to save checkpoints, or to go on from one.
+
+        Args:
+            loop: the loop.
+            saved: what to go on from.
+
+        Raises:
+            ValueError: it is of another run.
+        """
+        if self._checkpoints or saved:
+            self._memory = Memory(self._driver, [loop, *self._callbacks], *self._data())
+        if saved:
+            self._driver.build()
+            self._memory.check(saved)
+            self._saved = saved
+
+    def _data(self) -> tuple[dict[str, Any], list[str]]:
+        """Returns what describes the data, and what of it cannot be saved."""
+        return {}, []
 
     def begin(self, loop: Any) -> None:
         """Tells the callbacks of the loop and of a model that owns the variables, and gets everyone ready."""
@@ -84,11 +117,18 @@ class Run:
                 callback.loop = loop
             callback.set_model(self._model)
             callback.set_params({"epochs": self._epochs, "steps": self._steps_per_epoch, "verbose": 1})
-        self._driver.body.step.reset()
-        self.dispatch.train("on_train_begin")
+        self._begin_training()
         if self._model is not None and self._model._initial_epoch:
             self._go_on(self._model._initial_epoch * self._steps_per_epoch)
         self._driver.prepare(self._period)
+        if self._saved:
+            self._resume(self._saved)
+
+    def _begin_training(self) -> None:
+        if self._saved:
+            self._memory.before_begin(self._saved)
+        self._driver.body.step.reset()
+        self.dispatch.train("on_train_begin")
 
     @property
     def _limits(self) -> list[MaxIterations]:
@@ -102,10 +142,83 @@ class Run:
     def _go_on(self, step: int) -> None:
         """Counts on from the last step of a run that was broken off."""
         self.step = self._first = step
-        self._state = self._driver.begin(step)
+        self._state = self._driver.begin(self._driver.body.initial._replace(step=np.asarray(step)))
+        self._check_limits()
+
+    def _check_limits(self) -> None:
+        """Ends the run at once if it has come as far as it may."""
         for limit in self._limits:
-            if step >= limit.n:
-                self.explanation = limit.explain(None, {"step": step})
+            if self.step >= limit.n:
+                self.explanation = limit.explain(None, {"step": self.step})
+
+    def _resume(self, saved: Saved) -> None:
+        """Goes on from a checkpoint."""
+        progress = self._memory.progress(saved)
+        if isinstance(self._driver, CompiledDriver):
+            self._driver.jit = progress["jit"]
+        self._reenter(progress)
+        self._memory.restore(saved)
+        self.step, self._first = progress["step"], progress["first"]
+        self._started = time.perf_counter() - progress["seconds"]
+        self._rollbacks = progress["rollbacks"]
+        step, evaluations, nonfinite, best = progress["state"]
+        criteria = restored(self._driver.body.initial.criteria, self._driver.body.criteria, progress["criteria"])
+        state = State(step, evaluations, nonfinite, best, criteria)
+        self._state = self._driver.begin(tree.map_structure(_like, self._driver.body.initial, state))
+        self._records.extend(progress["history"], self.step - self._first)
+        if progress["last"] is not None:
+            columns = {name: np.asarray(value)[None] for name, value in progress["last"].items()}
+            self._last = Advance(self._state, 1, 0, evaluations, columns, progress["loss"])
+        ended = progress["ended"]
+        if ended and ended["criteria"] == self._ending():
+            self.explanation = self._was_explained = StopReason[ended["reason"]], ended["message"]
+        else:
+            self._check_limits()
+        logger.info("goes on after step %d, from %s.", self.step, saved.path)
+
+    def _reenter(self, progress: dict[str, Any]) -> None:
+        """Calls the hooks that come before the middle of an epoch."""
+        self.dispatch.reenter(progress["step"])
+
+    def _progress(self) -> dict[str, Any]:
+        """Returns how far the run has come, in plain data and arrays."""
+        state, last = self._driver.read(self._state), self._last
+        ended = None
+        if self.explanation and not self.live:
+            ended = {"reason": self.explanation[0].name, "message": self.explanation[1], "criteria": self._ending()}
+        return {
+            "step": self.step,
+            "first": self._first,
+            "seconds": time.perf_counter() - self._started,
+            "rollbacks": self._rollbacks,
+            "jit": isinstance(self._driver, CompiledDriver) and self._driver.jit,
+            "state": list(state[:-1]),
+            "criteria": [
+                [type(criterion).__name__, tree.flatten(leaves)]
+                for criterion, leaves in zip(self._driver.body.criteria, state.criteria, strict=True)
+            ],
+            "history": self._records.arrays(),
+            "last": last and {name: values[last.taken - 1] for name, values in last.columns.items()},
+            "loss": last and last.loss,
+            "ended": ended,
+        }
+
+    def _ending(self) -> list[str]:
+        """Returns what ends the run, in words: one that had ended goes on if that has changed."""
+        return [repr(criterion) for criterion in self._driver.body.criteria]
+
+    def save_if_due(self) -> None:
+        """Makes the checkpoints that are due; called when all hooks of the last step have run."""
+        if self.explanation is None:
+            self._save([checkpoint for checkpoint in self._checkpoints if checkpoint.due])
+
+    def _save(self, checkpoints: list[Checkpoint]) -> None:
+        for checkpoint in checkpoints:
+            checkpoint.save(self.step, lambda: self._memory.take(self._progress(), self.logs.get("loss", math.nan)))
+        if checkpoints and not self._told_unsaved:
+            self._told_unsaved = True
+            if unsaved := self._memory.unsaved():
+                logger.warning("a run that goes on from these checkpoints may differ in %s.", "; ".join(unsaved))
 
     def steps_to_next_edge(self) -> int:
         """Returns how many steps may be taken before somebody needs the host."""
@@ -132,6 +245,8 @@ class Run:
     def heed_interrupt(self) -> None:
         """Raises `KeyboardInterrupt` if Ctrl-C or SIGTERM has asked for it."""
         if self.interrupted:
+            if not self._ended:
+                self._save(self._checkpoints)
             raise KeyboardInterrupt
 
     def judge(self, chunk: Advance) -> int:
@@ -254,11 +369,17 @@ class Run:
     def end(self) -> None:
         """Ends an epoch that was cut short, calls `on_train_end`, and evaluates the loss of the result."""
         logs = self.logs
+        self._save_at_end()
         self.dispatch.finish_epoch(self.step, logs)
         self._close(logs)
-        known = None if self._last is None or self.dispatch.any_hook else self._last.loss
+        known = None if self._last is None or self.dispatch.can_change else self._last.loss
         self._loss = self._driver.evaluate() if known is None else known
         self._ended = True
+
+    def _save_at_end(self) -> None:
+        assert self.explanation is not None
+        if self.step and self.explanation[0] is not StopReason.INTERRUPTED and self.explanation != self._was_explained:
+            self._save(self._checkpoints)
 
     def fail(self, error: BaseException) -> None:
         """Notes the exception that has ended the run, and lets everyone close what is open."""
@@ -273,6 +394,52 @@ class Run:
         self._closed = True
         broken_off = self.explanation is not None and self.explanation[0] in (StopReason.ERROR, StopReason.INTERRUPTED)
         self.dispatch.train("on_train_end", keras_logs(logs), broken_off)
+
+
+def saved_run(resume_from: Any, callbacks: Sequence[Any]) -> Saved | None:
+    """Returns what a run goes on from; `None` if it begins anew.
+
+    Args:
+        resume_from: a directory of checkpoints, or `None`.
+        callbacks: those of the run, of which one may save there.
+    """
+    if resume_from is None:
+        return None
+    directory = check_directory(resume_from, "resume_from")
+    if any(isinstance(callback, keras.callbacks.BackupAndRestore) for callback in callbacks):
+        raise ValueError(
+            "`resume_from` must be None beside BackupAndRestore, which goes on by itself; use one of them."
+        )
+    saved = Store(directory).newest()
+    places = [os.path.realpath(callback.directory) for callback in callbacks if isinstance(callback, Checkpoint)]
+    if not saved and os.path.realpath(directory) not in places:
+        raise ValueError(
+            f"`resume_from` must be a directory with checkpoints, or one where a Checkpoint of this run saves them,"
+            f" received {directory!r}, which has none."
+        )
+    return saved
+
+
+def restored(initial: Sequence[Any], criteria: Sequence[Any], saved: Sequence[Any]) -> list[Any]:
+    """Returns the states of criteria from those that were saved, matched by kind; others begin anew.
+
+    Args:
+        initial: the states at the beginning.
+        criteria: the criteria.
+        saved: pairs of the name of a kind and the leaves of a state.
+    """
+    left, states = list(saved), []
+    for start, criterion in zip(initial, criteria, strict=True):
+        count = len(tree.flatten(start))
+        match = next((item for item in left if item[0] == type(criterion).__name__ and len(item[1]) == count), None)
+        if match:
+            left.remove(match)
+        states.append(tree.pack_sequence_as(start, match[1]) if match else start)
+    return states
+
+
+def _like(start: Any, value: Any) -> np.ndarray:
+    return np.asarray(value, start.dtype)
 
 
 def _listed(culprits: dict[str, str]) -> str:

@@ -20,6 +20,8 @@ LAYERS = [
         "_interrupts",
         "_version",
         "_xla",
+        "_random_state",
+        "_store",
     },
     {"_explain", "_nonfinite", "_interrupts"},
     {"stopping"},
@@ -27,6 +29,7 @@ LAYERS = [
     {"_objective", "_optimizers", "steps", "_data", "_model", "_arguments"},
     {"_body"},
     {"_drivers"},
+    {"_memory"},
     {"_run", "_fit", "_loop", "_session"},
     {"__init__"},
 ]

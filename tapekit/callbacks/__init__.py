@@ -13,6 +13,7 @@ import keras
 from tapekit._config import Registry
 from tapekit._describe import describe
 from tapekit.callbacks._base import Callback, FunctionCallback, takes_step_and_logs
+from tapekit.callbacks._checkpoint import Checkpoint
 from tapekit.callbacks._gradient_checks import CheckGradients
 from tapekit.callbacks._gradient_views import CaptureGradients, GradientStatistics
 from tapekit.callbacks._gradients import (
@@ -30,6 +31,7 @@ __all__ = [
     "CaptureGradients",
     "CentralizeGradients",
     "CheckGradients",
+    "Checkpoint",
     "ClipGradients",
     "FreezeVariables",
     "FunctionCallback",
@@ -60,6 +62,7 @@ _registry.add(
     CaptureGradients,
     CheckGradients,
     StopWhen,
+    Checkpoint,
 )
 
 

@@ -46,12 +46,13 @@ class Hooks:
     """The hooks of a run, which `Callback` and `OptimizationLoop` share. Those left alone cost nothing.
 
     Attributes:
-        every: `on_step` is called at every `every`-th step; chunks of compiled steps end there.
+        every: `on_step` is called at every `every`-th step; chunks of compiled steps end there. `None` calls it
+            whenever the host looks, about twenty times a second.
         replayable: `True` says that `on_step` reads `step` and `logs` alone. It is then called for
             every step after a chunk and never makes a chunk shorter.
     """
 
-    every: int = 1
+    every: int | None = 1
     replayable: bool = False
 
     def on_step(self, step: int, logs: dict[str, Any]) -> None:
@@ -128,7 +129,8 @@ class Callback(Configurable, keras.callbacks.Callback):
 
     Attributes:
         every: `on_step` is called at every `every`-th step. Chunks of compiled steps end exactly there,
-            so that what it sees is live and a stop asked for there takes effect there.
+            so that what it sees is live and a stop asked for there takes effect there. `None` calls it whenever the
+            host looks, about twenty times a second.
         replayable: `True` says that the hooks read `step` and `logs` alone. They are then called for
             every step in order, after a chunk, and never make a chunk shorter.
         loop: what runs it, an `OptimizationLoop`, or in `keras.Model.fit` an object with its `stop`,

@@ -13,6 +13,7 @@ import numpy as np
 from tapekit._describe import check_integer
 from tapekit._records import row
 from tapekit.callbacks._base import Callback, Hooks
+from tapekit.callbacks._checkpoint import Checkpoint
 from tapekit.callbacks._gradient_views import CaptureGradients, GradientStatistics
 from tapekit.callbacks._table import IterationTable
 from tapekit.callbacks._variables_model import check_monitor
@@ -22,12 +23,13 @@ KERAS_LOSS = "keras/loss"
 
 # These read their arguments alone, so they can be called after a chunk of steps.
 _REPLAYABLE_IN_KERAS = (keras.callbacks.History, keras.callbacks.CSVLogger)
-_NEVER_STOP = (
+_ONLY_LOOK = (
     *_REPLAYABLE_IN_KERAS,
     keras.callbacks.ProgbarLogger,
     IterationTable,
     GradientStatistics,
     CaptureGradients,
+    Checkpoint,
 )
 _PER_STEP = ("on_train_batch_begin", "on_step", "on_train_batch_end")
 _PER_EPOCH = ("on_epoch_begin", "on_epoch_end")
@@ -102,7 +104,8 @@ class Dispatch:
         self._live = any(not item.replayable for item in registered)
         self._replayed = any(item.replayable for item in timed)
         self.can_stop = any(item.can_stop for item in registered)
-        self.any_hook = bool(registered) or any(overridden(owner, "on_train_end") for owner in owners)
+        active = [owner for owner in owners if type(owner) not in _ONLY_LOOK]
+        self.can_change = self.can_stop or any(overridden(owner, "on_train_end") for owner in active)
         self.gradient_hooks = [call for owner in owners if (call := overridden(owner, "on_gradient"))]
 
     def _registrations(self, hook: str):
@@ -111,13 +114,14 @@ class Dispatch:
                 replayable = getattr(owner, "replayable", False) or type(owner) in _REPLAYABLE_IN_KERAS
                 every, from_epoch = 1, False
                 if hook == "on_step":
-                    every = check_integer(getattr(owner, "every", 1), f"{type(owner).__name__}.every", 1)
+                    every = getattr(owner, "every", 1)
+                    every = 0 if every is None else check_integer(every, f"{type(owner).__name__}.every", 1)
                 elif hook in _PER_EPOCH:
                     every = self._epoch_length or 1
                 elif not isinstance(owner, (Hooks, Callback)):
                     every, from_epoch = self._batches_per_call, self._epoch_length is None
                     every *= _needs_every_batch(owner)
-                yield _Registration(call, every, from_epoch, replayable, type(owner) not in _NEVER_STOP)
+                yield _Registration(call, every, from_epoch, replayable, type(owner) not in _ONLY_LOOK)
 
     def train(self, hook: str, logs: dict[str, Any] | None = None, broken_off: bool = False) -> None:
         """Calls `on_train_begin` or `on_train_end` of everyone, the latter also if one of them raises.
@@ -159,6 +163,12 @@ class Dispatch:
             logs = {name: values[index] for name, values in columns.items()}
             self._begin(first + index, replayable=True)
             self._end(first + index, logs, live=index == count - 1)
+
+    def reenter(self, step: int) -> None:
+        """Begins an epoch in its middle, if `step` has been in one, for a run that goes on after it."""
+        if self._epoch_length and step % self._epoch_length:
+            for item in self._hooks["on_epoch_begin"]:
+                item.call(step // self._epoch_length, {})
 
     def finish_epoch(self, step: int, logs: dict[str, Any]) -> None:
         """Ends the epoch that a stop after `step` has cut short."""
