@@ -36,14 +36,14 @@ class Packer:
     """Makes values ready for JSON, and keeps the arrays and variables among them apart."""
 
     def __init__(self) -> None:
-        self._variables: list[tf.Variable] = []
+        self._variables: dict[int, tf.Variable] = {}
         self._arrays: dict[str, list[np.ndarray]] = {}
         self._filled: dict[str, int] = collections.Counter()
 
     @property
     def tensors(self) -> dict[str, Any]:
         """The variables by number, and all arrays of a dtype in one, since each tensor of a checkpoint costs time."""
-        variables = {f"variable_{number}": variable for number, variable in enumerate(self._variables)}
+        variables = {f"variable_{number}": variable for number, variable in enumerate(self._variables.values())}
         return variables | {dtype: np.concatenate(parts) for dtype, parts in self._arrays.items()}
 
     def pack(self, value: Any) -> Any:
@@ -65,8 +65,8 @@ class Packer:
             return {"kind": "random", "state": self.pack(value.getstate())}
         value = tf_variable(value)
         if isinstance(value, tf.Variable):
-            self._variables.append(value)
-            return {"kind": "variable", "name": f"variable_{len(self._variables) - 1}"}
+            self._variables[id(value)] = value
+            return {"kind": "variable", "name": f"variable_{list(self._variables).index(id(value))}"}
         if isinstance(value, (np.ndarray, tf.Tensor)) and _is_number(value.dtype):
             return self._pack_array(np.asarray(value))
         raise TypeError(describe(value))
@@ -315,8 +315,9 @@ class _Owner:
         state = unpack(packed, tensors, now)
         if isinstance(owner, keras.callbacks.CSVLogger):
             file: Any = owner.csv_file
-            file.truncate(state.pop("size"))
+            file.truncate(state["size"])
             file.seek(0, 2)
+            state["append_header"] = not state.pop("size")
         for name, value in state.items():
             setattr(owner, name, value)
 
