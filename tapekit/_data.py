@@ -6,7 +6,7 @@ import collections
 import random
 import warnings
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import keras
@@ -109,6 +109,30 @@ class _StreamPass:
             next(self._iterator)
 
 
+class _Source:
+    """A function that makes an iterator in Python, whose exception is kept."""
+
+    def __init__(self, function: Callable[[], Any]) -> None:
+        self._function = function
+        self.error: Exception | None = None
+
+    def __call__(self) -> Iterator[Any]:
+        try:
+            yield from self._function()
+        except Exception as error:
+            self.error = error
+            raise
+
+
+def _watch(adapter: Any) -> _Source | None:
+    """Puts a `_Source` in the place of the Python code that makes the batches of an adapter, if there is some."""
+    for name in ("generator", "_get_iterator"):
+        if hasattr(adapter, name):
+            setattr(adapter, name, _Source(getattr(adapter, name)))
+            return getattr(adapter, name)
+    return None
+
+
 class Batches:
     """The batches of all epochs, where the arguments mean what they mean to `keras.Model.fit`.
 
@@ -137,6 +161,7 @@ class Batches:
         self._adapter: Any = get_data_adapter(
             x, y, sample_weight, batch_size, steps_per_epoch, shuffle=shuffle, class_weight=class_weight
         )
+        self._source = _watch(self._adapter)
         self._steps_per_epoch = steps_per_epoch
         self._shuffle = shuffle
         self._arrays = _device_arrays(self._adapter, device_bytes)
@@ -160,6 +185,11 @@ class Batches:
     def may_raise(self) -> bool:
         """Whether Python code makes the batches, whose error in a later one must lose nothing of an earlier one."""
         return self._arrays is None and not isinstance(self._adapter, (ArrayDataAdapter, TFDatasetAdapter))
+
+    @property
+    def error(self) -> Exception | None:
+        """What the Python code that makes the batches has raised, which TensorFlow turns into an error of its own."""
+        return self._source and self._source.error
 
     @property
     def on_device(self) -> bool:

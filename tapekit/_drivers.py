@@ -44,6 +44,8 @@ class Advance(NamedTuple):
     """Whether the last step was finite; else it has updated nothing, and no other came after it."""
     culprits: dict[str, str] = {}
     """How many entries of which gradients were not finite in that step."""
+    error: Exception | None = None
+    """What the data has raised after these steps."""
 
 
 class Pace:
@@ -155,6 +157,8 @@ class EagerDriver(Driver):
             batch = portion.take()
         except StopIteration:
             return Advance(state, 0, 0, int(state.evaluations), {}, None, exhausted=True)
+        except tf.errors.OpError as error:
+            return Advance(state, 0, 0, int(state.evaluations), {}, None, error=error)
         if portion.key:
             self.body.objective.bind(batch)
             self.body.variables[:] = self.body.objective.build()
@@ -216,13 +220,15 @@ class _Program:
 
     def __init__(self, step: Any, capacity: int, jit: bool) -> None:
         self.step = step
-        self.chunks: dict[Any, tuple[Any, Any]] = {}
+        self.chunks: dict[Any, tuple[Any, Any, Any]] = {}
         self.capacity = capacity
         self.jit = jit
         self.written = written(step)
         """The variables that it changes."""
         self.draws = bool(op_types(step) & DRAWING)
         """Whether it draws random numbers of which nobody could draw the same again."""
+        self.records = list(step.structured_outputs[1])
+        """The names of what a step records."""
         self.refused: Any = None
         """The step made without an update, traced once a step has not been finite."""
 
@@ -347,7 +353,11 @@ class CompiledDriver(Driver):
         return max(1, min(rows, self.BYTES // max(1, row_bytes)))
 
     def _chunk(self, program: _Program, portion: Portion) -> Any:
-        """Returns the compiled loop of steps with room for their records, and the variables that it captures."""
+        """Returns the compiled loop of steps with room for their records, the variables that it captures, and a queue.
+
+        A stream may raise after some steps, and then nothing comes out of the loop but what has gone into the queue:
+        the state and the record of each step.
+        """
         packing, capacity, batch_of = self._packing, program.capacity, portion.batch
         rows = program.step.structured_outputs[1]
         # The batches of a stream come from outside of what XLA compiles, so there it is the step that is compiled.
@@ -356,6 +366,10 @@ class CompiledDriver(Driver):
         # XLA would wait for the check before every update and copy what it updates. There every update is made, and if
         # the last step of the chunk turns out not to be finite, the host undoes it all and goes as far as was right.
         undoes = self._undoes(program, portion)
+        parts = [*program.step.structured_outputs[0], *rows.values()]
+        queue = None
+        if batch_of is None:
+            queue = tf.queue.FIFOQueue(capacity, [part.dtype for part in parts], [part.shape for part in parts])
 
         def run(limit, seconds, integers, floats, feed):
             def proceed(taken, verdict, exhausted, leaves, records):
@@ -364,7 +378,9 @@ class CompiledDriver(Driver):
             def take(taken, leaves, records, batch):
                 guard = tf.constant(Guard.ALWAYS if undoes else Guard.FINITE, tf.int32)  # here, so that XLA folds it
                 leaves, row, verdict = step(seconds, leaves, batch, guard)
-                records = {name: records[name].write(taken, row[name]) for name in row}
+                if queue:
+                    queue.enqueue([*leaves, *row.values()])
+                records = {name: records[name].write(taken, row[name]) for name in records}
                 verdict = verdict._replace(counts=no_counts if undoes else verdict.counts)
                 return taken + 1, verdict, tf.constant(False), leaves, records
 
@@ -379,7 +395,11 @@ class CompiledDriver(Driver):
                 )
 
             no_counts = tf.zeros([0 if undoes else len(self.body.suspects)], tf.int64)
-            records = {name: tf.TensorArray(row.dtype, capacity, element_shape=row.shape) for name, row in rows.items()}
+            records = {
+                name: tf.TensorArray(row.dtype, capacity, element_shape=row.shape)
+                for name, row in rows.items()
+                if queue is None
+            }
             leaves = tree.flatten(packing.unpack(integers, floats, as_tensor).state)
             verdict = Verdict(tf.constant(0), tf.constant(True), no_counts)
             start = (tf.constant(0), verdict, tf.constant(False), leaves, records)
@@ -396,7 +416,7 @@ class CompiledDriver(Driver):
         compiled = tf.function(run, autograph=False, jit_compile=program.jit and batch_of is not None)
         function = compiled.get_concrete_function(limit, clock, *specs, tf.nest.map_structure(_spec, portion.feed))
         # The public call spends 35 us on matching arguments to the signature, a third of a live step.
-        return function._call_flat, function.captured_inputs
+        return function._call_flat, function.captured_inputs, queue
 
     def begin(self, state: State | None = None) -> tuple[tf.Tensor, tf.Tensor]:
         """Returns the state, packed."""
@@ -418,13 +438,15 @@ class CompiledDriver(Driver):
         fresh = key not in program.chunks
         if fresh:
             program.chunks[key] = self._chunk(program, portion)
-        call, captured = program.chunks[key]
+        call, captured, queue = program.chunks[key]
         limit = min(limit, program.capacity)
         clock = _constant(seconds if "seconds" in self.body.needs else 0.0, tf.float64)
         before = [tf.raw_ops.ReadVariableOp(resource=v.handle, dtype=v.dtype) for v in program.written if undoes]
         try:
             integers, floats, counts, records = call([_constant(limit, tf.int32), clock, *state, *feed], captured)
         except tf.errors.OpError as error:
+            if queue and (queue.size() or _FROM_DATA in str(error)):
+                return self._until(error, state, program, queue)
             if not (fresh and program.jit):
                 raise
             first_line = str(error.message).partition("\n")[0][:200]
@@ -448,10 +470,23 @@ class CompiledDriver(Driver):
             culprits = _culprits(self.body, _array(counts))
         elif not fresh and taken:
             self._pace.observe(taken, time.perf_counter() - started)
+        if queue and taken:
+            records = dict(zip(program.records, queue.dequeue_many(taken)[-len(program.records) :], strict=True))
         columns = {name: _array(record) for name, record in records.items()}
         loss = _array(floats)[0].item() if fired and finite and self.traced_loss else None
         exhausted, finite = bool(exhausted), bool(finite)
         return Advance((integers, floats), taken, fired, evaluations, columns, loss, exhausted, finite, culprits)
+
+    def _until(self, error: Exception, state: Any, program: _Program, queue: Any) -> Advance:
+        """Returns the steps that were taken before the data has raised."""
+        taken = int(queue.size())
+        columns: dict[str, np.ndarray] = {}
+        if taken:
+            parts = queue.dequeue_many(taken)
+            count = len(parts) - len(program.records)
+            columns = {name: _array(part) for name, part in zip(program.records, parts[count:], strict=True)}
+            state = self.begin(tree.pack_sequence_as(self.body.initial, [part[-1].numpy() for part in parts[:count]]))
+        return Advance(state, taken, 0, self.read(state).evaluations, columns, None, error=error)
 
     def _undoes(self, program: _Program, portion: Portion) -> bool:
         """Returns whether a chunk undoes itself, rather than each step look whether it may update anything."""
@@ -472,6 +507,9 @@ class CompiledDriver(Driver):
     def evaluate(self) -> float:
         """Runs the traced objective."""
         return float(self.traced_loss())
+
+
+_FROM_DATA = "IteratorGetNext"
 
 
 def _spec(leaf: Any) -> Any:

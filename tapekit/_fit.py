@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import re
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from numbers import Integral
 from typing import Any
@@ -120,10 +121,18 @@ def _naming(arguments: str) -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError, AttributeError) as error:
+        if _raised_in(error) not in ("keras", "tensorflow", "numpy", "pandas", "optree", "tapekit"):
+            raise  # by the user's own code that makes the first batch
         reason = re.sub(r"\.\s+(?=[A-Z])", "; ", " ".join(str(error).split())).rstrip(".")
         raise ValueError(
             f"{arguments} must be data that keras.Model.fit takes, of which Keras says: {reason}."
         ) from error
+
+
+def _raised_in(error: BaseException) -> str:
+    """Returns the package of the code that has raised an error."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return frames[-1].f_globals.get("__name__", "").partition(".")[0]
 
 
 def keras_defaults(callbacks: Sequence[Any], verbose: Any) -> list[Any]:
@@ -385,7 +394,7 @@ class FitRun(Run):
             self._last_batch = functools.partial(batch, self._portion.feed, chunk.taken - 1)
         self._batches.advance(chunk.taken, chunk.exhausted)
         self._portion = self._batches.portion()
-        return chunk
+        return chunk._replace(error=self._batches.error) if chunk.error and self._batches.error else chunk
 
     def end_epoch(self) -> None:
         """Ends an epoch as Keras does: with the results of the metrics, and an evaluation where one is due."""

@@ -421,6 +421,8 @@ class OptimizationLoop(Hooks, Configurable):
         chunk = run.advance(run.steps_to_next_edge())
         if chunk.taken:
             run.dispatch.after(run.step - chunk.taken + 1, chunk.taken, chunk.columns)
+        if chunk.error:
+            raise chunk.error
         if fired := run.judge(chunk):
             run.explain(fired)
         self._heed_stop(run)
