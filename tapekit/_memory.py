@@ -37,14 +37,13 @@ class Packer:
 
     def __init__(self) -> None:
         self._variables: dict[int, tf.Variable] = {}
-        self._arrays: dict[str, list[np.ndarray]] = {}
-        self._filled: dict[str, int] = collections.Counter()
+        self._bytes = bytearray()
 
     @property
     def tensors(self) -> dict[str, Any]:
-        """The variables by number, and all arrays of a dtype in one, since each tensor of a checkpoint costs time."""
+        """The variables by number, and all arrays in one, since each tensor of a checkpoint costs time."""
         variables = {f"variable_{number}": variable for number, variable in enumerate(self._variables.values())}
-        return variables | {dtype: np.concatenate(parts) for dtype, parts in self._arrays.items()}
+        return variables | {"arrays": np.frombuffer(self._bytes, np.uint8)}
 
     def pack(self, value: Any) -> Any:
         """Returns what stands for a value; raises `TypeError` for one that is not plain data."""
@@ -68,14 +67,11 @@ class Packer:
             self._variables[id(value)] = value
             return {"kind": "variable", "name": f"variable_{list(self._variables).index(id(value))}"}
         if isinstance(value, (np.ndarray, tf.Tensor)) and _is_number(value.dtype):
-            return self._pack_array(np.asarray(value))
+            array, start = np.asarray(value), len(self._bytes)
+            self._bytes += array.tobytes()
+            place = {"start": start, "end": len(self._bytes)}
+            return {"kind": "array", "dtype": tf.as_dtype(array.dtype).name, "shape": list(array.shape), **place}
         raise TypeError(describe(value))
-
-    def _pack_array(self, array: np.ndarray) -> Any:
-        dtype, start = tf.as_dtype(array.dtype).name, self._filled[tf.as_dtype(array.dtype).name]
-        self._arrays.setdefault(dtype, []).append(array.reshape(-1))
-        self._filled[dtype] += array.size
-        return {"kind": "array", "dtype": dtype, "start": start, "shape": list(array.shape)}
 
 
 def _is_number(dtype: Any) -> bool:
@@ -102,8 +98,8 @@ def unpack(packed: Any, tensors: Mapping[str, np.ndarray], now: Any = None) -> A
         tf_variable(now).assign(tensors[packed["name"]])
         return now
     if kind == "array":
-        start, shape = packed["start"], packed["shape"]
-        return tensors[packed["dtype"]][start : start + int(np.prod(shape, dtype=np.int64))].reshape(shape)
+        part = tensors["arrays"][packed["start"] : packed["end"]].tobytes()  # aligned, unlike the part itself
+        return np.frombuffer(bytearray(part), tf.as_dtype(packed["dtype"]).as_numpy_dtype).reshape(packed["shape"])
     if kind == "reason":
         return StopReason[packed["name"]]
     if kind == "generator":

@@ -49,6 +49,7 @@ class Store:
     def __init__(self, directory: str | os.PathLike[str]) -> None:
         self.directory = pathlib.Path(directory)
         self._losses: dict[str, float] = {}
+        self._variables: dict[str, tf.Variable] = {}
 
     def paths(self) -> list[pathlib.Path]:
         """Returns the checkpoints, the newest first; they may be damaged."""
@@ -73,22 +74,28 @@ class Store:
         shutil.rmtree(aside, ignore_errors=True)
         try:
             aside.mkdir()
-            values = {
-                name: value if isinstance(value, tf.Variable) else tf.Variable(value, trainable=False)
-                for name, value in tensors.items()
-            }
+            values = {name: self._variable(name, value) for name, value in tensors.items()}
             tf.train.Checkpoint(values=values).write(str(aside / _TENSORS))
             text = json.dumps({"state": state, "names": list(values), "sums": _sums(aside)})
             (aside / _STATE).write_text(f"{_sum(text.encode())}\n{text}", encoding="utf-8")
             for file in (*aside.iterdir(), aside):
                 _flush(file)
-            read(aside)
+            _check(aside)
             os.replace(aside, path)
             _flush(self.directory)
         except BaseException:
             shutil.rmtree(aside, ignore_errors=True)
             raise
         self._losses[path.name] = state["loss"]
+
+    def _variable(self, name: str, value: Any) -> tf.Variable:
+        """Returns a variable with a value, the same one each time, since a new one costs a millisecond."""
+        if isinstance(value, tf.Variable):
+            return value
+        if name not in self._variables:
+            self._variables[name] = tf.Variable(value, trainable=False, shape=[None, *value.shape[1:]])
+        self._variables[name].assign(value)
+        return self._variables[name]
 
     def prune(self, keep: int, best: bool) -> None:
         """Deletes all but the newest ones, and the one with the lowest loss if that is wanted."""
@@ -132,14 +139,19 @@ class Store:
 
 def read(path: pathlib.Path) -> Saved:
     """Returns a checkpoint, or raises `DamagedError` if it is not the one that was written."""
-    content = _content(path)
-    sums = _sums(path)
-    for name, checksum in content["sums"].items():
-        if sums.get(name) != checksum:
-            raise DamagedError(f"{name} is {'not what was written' if name in sums else 'missing'}")
+    content = _check(path)
     reader: Any = tf.train.load_checkpoint(str(path / _TENSORS))
     names = {name: f"values/{name}/.ATTRIBUTES/VARIABLE_VALUE" for name in content["names"]}
     return Saved(content["state"], {name: reader.get_tensor(key) for name, key in names.items()}, path)
+
+
+def _check(path: pathlib.Path) -> dict[str, Any]:
+    """Returns the plain data of a checkpoint, or raises `DamagedError` if a file is not the one that was written."""
+    content, sums = _content(path), _sums(path)
+    for name, checksum in content["sums"].items():
+        if sums.get(name) != checksum:
+            raise DamagedError(f"{name} is {'not what was written' if name in sums else 'missing'}")
+    return content
 
 
 def _content(path: pathlib.Path) -> dict[str, Any]:
