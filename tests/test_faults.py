@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import math
 import os
+import re
 import signal
 import tempfile
+from pathlib import Path
 
 import keras
 import numpy as np
@@ -24,6 +26,7 @@ DRIVERS = {
     "short": {"steps_per_execution": 2},
 }
 LIMIT = 4
+PAGE = Path(__file__).parents[1] / "docs" / "ways_out.md"
 
 
 class Own(Exception):
@@ -290,6 +293,33 @@ def test_a_pipeline_whose_first_element_raises_is_not_tried_again():
     with pytest.raises(tf.errors.InvalidArgumentError, match="a bad sample"):
         run()
     assert loop.result.steps == 0
+
+
+def test_a_second_interrupt_leaves_at_once():
+    watcher = At(LIMIT + 1, None)
+
+    def interrupt(callback):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        pytest.fail("the hook went on")
+
+    x = tf.Variable(0.0)
+    loop = tk.OptimizationLoop("sgd", max_iterations=9, interrupt="return")
+    result = loop.minimize(lambda: (x - 4.0) ** 2, [x], [At(5, interrupt), watcher])
+    assert (result.reason, result.steps, watcher.ended) == (tk.StopReason.INTERRUPTED, 5, 1)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+ROWS = re.findall(r"^\| .* \| `?(\w*)`? ?\| `(\w+\.py)::(\w+)` \|$", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
+
+
+def test_the_table_of_ways_out_has_every_reason():
+    assert {reason for reason, *_ in ROWS} == {"", *tk.StopReason.__members__}
+
+
+@pytest.mark.parametrize(("file", "test"), [row[1:] for row in ROWS], ids=lambda name: name)
+def test_what_the_table_of_ways_out_names_exists(file, test):
+    assert f"\ndef {test}(" in Path(__file__).with_name(file).read_text(encoding="utf-8")
 
 
 # Disks.
