@@ -250,7 +250,7 @@ class Memory:
             **self._data,
         }
         # Objects that have no configuration are told by their kind alone.
-        return json.loads(json.dumps(identity, default=lambda thing: type(thing).__name__, skipkeys=True))
+        return _lasting(json.loads(json.dumps(identity, default=lambda thing: type(thing).__name__, skipkeys=True)))
 
 
 class _Owner:
@@ -339,14 +339,17 @@ def _spec(variable: tf.Variable) -> list[Any]:
 
 def _settings(optimizer: Any) -> dict[str, Any]:
     """Returns the settings of an optimizer that are not in its variables."""
-    if not isinstance(optimizer, keras.optimizers.Optimizer):
-        return {}
-    varies = (
-        {"name"}
-        if isinstance(optimizer._learning_rate, keras.optimizers.schedules.LearningRateSchedule)
-        else {"name", "learning_rate"}
-    )
-    return {name: value for name, value in optimizer.get_config().items() if name not in varies}
+    return _lasting(optimizer.get_config()) if isinstance(optimizer, keras.optimizers.Optimizer) else {}
+
+
+def _lasting(config: Any) -> Any:
+    """Returns a configuration without what may differ from one process, or one step, to the next."""
+    if isinstance(config, list):
+        return [_lasting(item) for item in config]
+    if not isinstance(config, dict):
+        return config
+    varies = {"name"} | ({"learning_rate"} if isinstance(config.get("learning_rate"), (int, float)) else set())
+    return {name: _lasting(value) for name, value in config.items() if name not in varies}
 
 
 def _differences(name: str, here: Any, there: Any) -> list[str]:

@@ -248,11 +248,11 @@ class ModelObjective:
 
 
 def _settings(layer: Any) -> dict[str, Any]:
-    """Returns the configuration of a layer without its name, if it has one and is not made of others."""
+    """Returns the configuration of a layer, if it has one and is not made of others."""
     if isinstance(layer, keras.Model):
         return {}
     try:
-        return {name: value for name, value in layer.get_config().items() if name != "name"}
+        return layer.get_config()
     except NotImplementedError:  # a layer of the user's own that cannot be saved by Keras either
         return {}
 

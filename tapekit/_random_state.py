@@ -29,7 +29,7 @@ def random_state() -> dict[str, Any]:
     """Returns the state of all global generators; those of TensorFlow and Keras that nobody has used are `None`."""
     tensorflow: Any = context.context()
     generator: Any = stateful_random_ops.global_generator
-    keras_generator: Any = global_state.get_global_attribute(seed_generator.GLOBAL_SEED_GENERATOR)
+    keras_generator: Any = global_state.get_global_attribute("global_seed_generator")
     eager = None if tensorflow._seed is None else [tensorflow._seed, tensorflow._rng.getstate()]
     return {
         "host": host_random_state(),

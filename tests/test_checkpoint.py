@@ -637,3 +637,75 @@ def test_steps_in_the_hands_of_the_caller_are_saved_and_gone_on_with(tmp_path):
     expected = _everything(whole, whole.run())
     again = Setting(tmp_path)
     assert same_bits(_everything(again, again.run(tmp_path)), expected)
+
+
+# Models of other kinds.
+
+
+class TwoOptimizers(keras.Model):
+    """A model with its own `train_step`, two optimizers, and noise from a generator that Keras does not know of."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = keras.layers.Dense(4), keras.layers.Dense(1)
+        self.noise = tf.random.Generator.from_seed(3)
+        self.mean = keras.metrics.Mean("loss")
+
+    def compile(self, one, other):
+        super().compile()
+        self.one, self.other = one, other
+
+    @property
+    def metrics(self):
+        return [self.mean]
+
+    def call(self, x):
+        return self.second(self.first(x))
+
+    def train_step(self, data):
+        x, y = data
+        with tf.GradientTape(persistent=True) as tape:
+            loss = tf.reduce_mean((self(x + 0.1 * self.noise.normal(tf.shape(x))) - y) ** 2)
+        for optimizer, layer in ((self.one, self.first), (self.other, self.second)):
+            variables = layer.trainable_variables
+            optimizer.apply(tape.gradient(loss, variables), variables)
+        self.mean.update_state(loss)
+        return {"loss": self.mean.result()}
+
+
+def _two_optimizers():
+    model = TwoOptimizers()
+    model.compile(keras.optimizers.Adam(0.01), keras.optimizers.SGD(0.01))
+    return model
+
+
+def _mixed():
+    dense = [keras.layers.Dense(8, "relu", dtype="mixed_float16"), keras.layers.Dense(1, dtype="float32")]
+    model = keras.Sequential([keras.Input((8,)), *dense])
+    model.compile(keras.optimizers.LossScaleOptimizer(keras.optimizers.Adam(0.01, use_ema=True)), "mse")
+    return model
+
+
+def _recurrent():
+    wrapped = keras.layers.Bidirectional(keras.layers.GRU(3))
+    model = keras.Sequential([keras.Input((8,)), keras.layers.Reshape((4, 2)), wrapped, keras.layers.Dense(1)])
+    model.compile("rmsprop", "mse", metrics=["mae"])
+    return model
+
+
+@pytest.mark.parametrize("make", [_two_optimizers, _mixed, _recurrent])
+def test_a_model_of_another_kind_goes_on(make, tmp_path):
+    def run(directory=None, at=None):
+        keras.utils.set_random_seed(3)
+        model = make()
+        callbacks = [tk.callbacks.Checkpoint(directory, every=3)] if directory else []
+        loop = tk.OptimizationLoop(callbacks=[Crash(at)] if at else None)
+        result = loop.fit(
+            model, X, Y, batch_size=16, epochs=2, verbose=0, callbacks=callbacks, resume_from=directory
+        )  # fmt: skip
+        return [result.history, result.epoch_history, result.loss, *model.get_weights()]
+
+    expected = run()
+    with pytest.raises(RuntimeError, match="crash"):
+        run(tmp_path, at=8)
+    assert same_bits(run(tmp_path), expected)
