@@ -128,7 +128,7 @@ OBJECTS = {
     "GradientStatistics": (callbacks.GradientStatistics(every=3), callbacks.GradientStatistics(every=4)),
     "CaptureGradients": (callbacks.CaptureGradients(every=3), callbacks.GradientStatistics(every=3)),
     "CheckGradients": (callbacks.CheckGradients(2, entries=None), callbacks.CheckGradients(2)),
-    "Checkpoint": (callbacks.Checkpoint("saved", seconds=60.0), callbacks.Checkpoint("saved", every=None, seconds=60.0)),
+    "Checkpoint": (callbacks.Checkpoint("a", seconds=60.0), callbacks.Checkpoint("a", every=None, seconds=60.0)),
     "StopWhen": (
         callbacks.StopWhen(tk.stopping.LossBelow(0.5) | tk.stopping.WallTime(60)),
         callbacks.StopWhen(tk.stopping.LossBelow(0.25)),
