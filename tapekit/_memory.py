@@ -23,6 +23,7 @@ from tapekit._result import StopReason
 from tapekit._store import Saved
 from tapekit._tensors import tf_variable
 from tapekit._xla import DRAWING, op_types
+from tapekit.callbacks import JSONLinesLogger
 
 # What a run gives to callbacks, and gives them again.
 _GIVEN = {"model", "_model", "params", "_params", "loop", "validation_data"}
@@ -298,7 +299,7 @@ class _Owner:
 
     def before_begin(self) -> None:
         """Lets a file that the run goes on with not be emptied."""
-        if isinstance(self._owner, keras.callbacks.CSVLogger):
+        if isinstance(self._owner, (keras.callbacks.CSVLogger, JSONLinesLogger)):
             self._owner.append = True
 
     def restore(self, packed: Any, tensors: Mapping[str, np.ndarray]) -> None:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from typing import Any
+import os
+from typing import Any, TextIO
 
 import numpy as np
+
+from tapekit import _exchange
 
 
 class StopReason(enum.Enum):
@@ -115,24 +118,125 @@ class OptimizationResult:
         )
 
     def __str__(self) -> str:
+        lines = (f"  {name:<9}  {text}" for name, text in self._rows().items())
+        return "\n".join([self.message, *("\n             ".join(line.splitlines()) for line in lines)])
+
+    def _repr_html_(self) -> str:
+        return _exchange.as_html(self.message, self._rows())
+
+    def _rows(self) -> dict[str, str]:
+        """Returns what a person wants to know first."""
         count = len(leaves := _leaves(self.variables))
         if self.epoch_history:
             variables = f"{count} arrays, {sum(leaf.size for leaf in leaves):,} numbers"
         else:
             with np.printoptions(precision=6, threshold=8, edgeitems=3):
-                variables = "\n             ".join(str(self.variables).splitlines())
+                variables = str(self.variables)
         best = f", the best {self.best_loss:.6g}" if self.best_loss is not None and self.best_loss < self.loss else ""
-        return "\n".join(
-            [
-                self.message,
-                f"  reason     {self.reason.name.lower()}: {self.reason.value}",
-                f"  loss       {self.loss:.6g}" + best,
-                f"  variables  {variables}",
-                f"  steps      {self.steps}, with {self.evaluations} evaluations in {self.seconds:.3g} s",
-                f"  history    {', '.join(self.history)}",
-                *([f"  epochs     {', '.join(self.epoch_history)}"] if self.epoch_history else []),
-            ]
-        )
+        rows = {
+            "reason": f"{self.reason.name.lower()}: {self.reason.value}",
+            "loss": f"{self.loss:.6g}{best}",
+            "variables": variables,
+            "steps": f"{self.steps}, with {self.evaluations} evaluations in {self.seconds:.3g} s",
+            "history": ", ".join(self.history),
+        }
+        return rows | ({"epochs": ", ".join(self.epoch_history)} if self.epoch_history else {})
+
+    def summary(self, file: TextIO | None = None) -> None:
+        """Prints what a person wants to know first: why the run ended, the loss, the variables, the work.
+
+        Args:
+            file: where to; `None` is standard output.
+
+        Example:
+            >>> import tapekit as tk, tensorflow as tf
+            >>> x = tf.Variable(0.0)
+            >>> loop = tk.OptimizationLoop("sgd", max_iterations=2)
+            >>> loop.minimize(lambda: (x - 4.0) ** 2, [x]).summary()
+            MaxIterations: step 2 reached the limit of 2
+              reason     limit: a limit was reached
+              loss       14.7579
+              variables  [array(0.1584, dtype=float32)]
+              steps      2, with 3 evaluations in ... s
+              history    loss
+        """
+        print(self, file=file)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the result to a file: an npz archive of its arrays, and JSON. No pickle is used.
+
+        Args:
+            path: the file; one that is there is replaced, and never left half written.
+
+        Raises:
+            OSError: the file cannot be written.
+            TypeError: `variables` has keys or items that JSON does not know.
+
+        Example:
+            >>> import tapekit as tk, tempfile, tensorflow as tf
+            >>> x = tf.Variable(0.0)
+            >>> result = tk.OptimizationLoop("sgd", max_iterations=2).minimize(lambda: (x - 4.0) ** 2, [x])
+            >>> path = tempfile.mkdtemp() + "/run.npz"
+            >>> result.save(path)
+            >>> tk.OptimizationResult.load(path).message
+            'MaxIterations: step 2 reached the limit of 2'
+        """
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        _exchange.write(path, fields | {"reason": self.reason.name})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> OptimizationResult:
+        """Returns the result that `save` has written.
+
+        Args:
+            path: the file.
+
+        Returns:
+            A result whose fields are equal bit for bit.
+
+        Raises:
+            OSError: the file cannot be read.
+            ValueError: the file is not one that `save` has written.
+        """
+        fields: dict[str, Any] = _exchange.read(path)
+        return cls(**{**fields, "reason": StopReason[fields["reason"]]})
+
+    def to_dataframe(self) -> Any:
+        """Returns the history as a `pandas.DataFrame` with one row a step, which its index `step` counts from 1.
+
+        Entries of measures that are arrays have columns of their own, named like `x[0]` or `x[0, 1]`.
+
+        Raises:
+            ImportError: pandas is not installed; the sentence has the command that installs it.
+
+        Example:
+            >>> import tapekit as tk, tensorflow as tf
+            >>> x = tf.Variable([0.0, 1.0])
+            >>> loop = tk.OptimizationLoop("sgd", max_iterations=3, measures={"x": lambda: x})
+            >>> list(loop.minimize(lambda: tf.reduce_sum((x - 4.0) ** 2), [x]).to_dataframe().columns)
+            ['loss', 'x[0]', 'x[1]']
+        """
+        pandas = _exchange.package("pandas", "to_dataframe", "pandas")
+        columns = _exchange.columns(self.history)
+        rows = len(next(iter(columns.values()), ()))
+        return pandas.DataFrame(columns, index=pandas.RangeIndex(1, rows + 1, name="step"))
+
+    def to_scipy(self) -> Any:
+        """Returns a `scipy.optimize.OptimizeResult` with `x`, `fun`, `nit`, `nfev`, `success`, `status`, `message`.
+
+        Raises:
+            ImportError: SciPy is not installed; the sentence has the command that installs it.
+
+        Example:
+            >>> import tapekit as tk, tensorflow as tf
+            >>> x = tf.Variable(0.0)
+            >>> result = tk.OptimizationLoop("sgd", max_iterations=2).minimize(lambda: (x - 4.0) ** 2, [x])
+            >>> result.to_scipy().nit
+            2
+        """
+        optimize = _exchange.package("scipy.optimize", "to_scipy", "scipy")
+        names = ("x", "fun", "nit", "nfev", "success", "status", "message")
+        return optimize.OptimizeResult({name: getattr(self, name) for name in names})
 
 
 class NonFiniteError(ArithmeticError):

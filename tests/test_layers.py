@@ -13,6 +13,7 @@ LAYERS = [
         "_describe",
         "_tensors",
         "_config",
+        "_exchange",
         "_packing",
         "_records",
         "_result",

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import sys
+
 import keras
 import numpy as np
 import pytest
@@ -110,3 +113,109 @@ def test_a_callback_that_only_looks_does_not_count_as_an_end(name):
     with pytest.raises(ValueError, match="must end the run, received none of them"):
         tk.OptimizationLoop("sgd", callbacks=[name]).minimize(lambda: (x - 4.0) ** 2, [x])
     assert float(x) == 0.0
+
+
+# Files, and the forms of other packages.
+
+
+def _made(**changes):
+    fields = {
+        "loss": 0.5,
+        "variables": {"a": np.float32(1.0), "pair": (np.arange(3.0), [np.ones((2, 1), "int32")])},
+        "steps": 2,
+        "evaluations": 3,
+        "seconds": 0.25,
+        "reason": tk.StopReason.LIMIT,
+        "message": "enough",
+        "history": {"loss": np.array([2.0, np.nan]), "x": np.arange(12.0).reshape(2, 2, 3)},
+        "epoch_history": {},
+        "best_loss": float("nan"),
+        "best_variables": None,
+    }
+    return tk.OptimizationResult(**fields | changes)
+
+
+def _leaves(value):
+    if isinstance(value, dict):
+        return [(key, leaf) for key in value for leaf in _leaves(value[key])]
+    if isinstance(value, (list, tuple)):
+        return [type(value), *(leaf for item in value for leaf in _leaves(item))]
+    return [(str(np.asarray(value).dtype), np.shape(value), np.asarray(value).tobytes())]
+
+
+@pytest.mark.parametrize(
+    "result",
+    [
+        _made(),
+        _made(variables=[tf.constant([1.0, 3.0], tf.bfloat16).numpy()], best_loss=None),
+        _made(history={}, variables=[], epoch_history={"loss": np.ones(3)}, reason=tk.StopReason.ERROR),
+        _made(history={"flag": np.array([True, False]), "half": np.ones(2, "float16"), "z": np.ones(2, "complex64")}),
+    ],
+)
+def test_a_result_comes_back_from_its_file_bit_for_bit(result, tmp_path):
+    result.save(tmp_path / "run.npz")
+    loaded = tk.OptimizationResult.load(tmp_path / "run.npz")
+    assert loaded.reason is result.reason
+    assert _leaves(vars(loaded) | {"reason": 0}) == _leaves(vars(result) | {"reason": 0})
+    assert [path.name for path in tmp_path.iterdir()] == ["run.npz"]
+
+
+def test_a_run_is_saved_and_its_file_holds_no_pickle(tmp_path):
+    _, result, _ = _minimize(max_iterations=5)
+    result.save(tmp_path / "run.npz")
+    with np.load(tmp_path / "run.npz", allow_pickle=False) as file:
+        assert all(file[name].dtype != object for name in file)
+    np.testing.assert_array_equal(tk.OptimizationResult.load(tmp_path / "run.npz").x, result.x)
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", None])
+def test_a_file_of_something_else_is_refused(content, tmp_path):
+    path = tmp_path / "other.npz"
+    np.savez(path, a=np.ones(3)) if content is None else path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"^`path` must be a file that OptimizationResult\.save has written"):
+        tk.OptimizationResult.load(path)
+    with pytest.raises(FileNotFoundError):
+        tk.OptimizationResult.load(tmp_path / "none.npz")
+
+
+def test_a_file_that_cannot_be_written_leaves_the_one_before(tmp_path):
+    path = tmp_path / "run.npz"
+    _made().save(path)
+    with pytest.raises(TypeError):
+        _made(variables=[object()]).save(path)
+    assert tk.OptimizationResult.load(path).message == "enough"
+    assert [path.name for path in tmp_path.iterdir()] == ["run.npz"]
+
+
+def test_a_history_as_a_data_frame():
+    frame = _made(history={"loss": np.array([2.0, 1.0]), "x": np.arange(8.0).reshape(2, 2, 2)}).to_dataframe()
+    assert list(frame.columns) == ["loss", "x[0, 0]", "x[0, 1]", "x[1, 0]", "x[1, 1]"]
+    assert (frame.index.name, list(frame.index)) == ("step", [1, 2])
+    np.testing.assert_array_equal(frame["x[1, 0]"], [2.0, 6.0])
+    assert _made(history={}).to_dataframe().empty
+
+
+def test_a_result_as_one_of_scipy():
+    _, result, _ = _minimize(tolerance=1e-12, max_iterations=1000)
+    theirs = result.to_scipy()
+    assert type(theirs).__name__ == "OptimizeResult"
+    assert (theirs.fun, theirs.nit, theirs.success, theirs.message) == (result.fun, result.nit, True, result.message)
+    np.testing.assert_array_equal(theirs.x, result.x)
+
+
+@pytest.mark.parametrize(("method", "package"), [("to_dataframe", "pandas"), ("to_scipy", "scipy")])
+def test_a_missing_package_is_one_sentence_with_the_command(method, package, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    monkeypatch.setitem(sys.modules, "scipy.optimize", None)
+    sentence = f'{method} needs {package}, which is not installed: pip install "tapekit[{package}]".'
+    with pytest.raises(ImportError, match=re.escape(sentence)):
+        getattr(_made(), method)()
+
+
+def test_a_summary_is_printed_and_a_notebook_shows_a_table(capsys):
+    result = _made(message="1 < 2", variables=[np.arange(2.0)])
+    result.summary()
+    assert capsys.readouterr().out == f"{result}\n"
+    table = result._repr_html_()
+    assert table.startswith("<p>1 &lt; 2</p><table><tr>")
+    assert table.count("<tr>") == table.count("</tr>") == 5

@@ -23,6 +23,7 @@ from tapekit.callbacks._gradients import (
     GradientNoise,
     ScaleGradients,
 )
+from tapekit.callbacks._json_lines import JSONLinesLogger
 from tapekit.callbacks._stop_when import StopWhen
 from tapekit.callbacks._table import IterationTable
 
@@ -38,6 +39,7 @@ __all__ = [
     "GradientNoise",
     "GradientStatistics",
     "IterationTable",
+    "JSONLinesLogger",
     "ScaleGradients",
     "StopWhen",
     "get",
@@ -63,6 +65,7 @@ _registry.add(
     CheckGradients,
     StopWhen,
     Checkpoint,
+    JSONLinesLogger,
 )
 
 

@@ -15,6 +15,7 @@ from tapekit._records import row
 from tapekit.callbacks._base import Callback, Hooks
 from tapekit.callbacks._checkpoint import Checkpoint
 from tapekit.callbacks._gradient_views import CaptureGradients, GradientStatistics
+from tapekit.callbacks._json_lines import JSONLinesLogger
 from tapekit.callbacks._table import IterationTable
 from tapekit.callbacks._variables_model import check_monitor
 
@@ -30,6 +31,7 @@ _ONLY_LOOK = (
     GradientStatistics,
     CaptureGradients,
     Checkpoint,
+    JSONLinesLogger,
 )
 _PER_STEP = ("on_train_batch_begin", "on_step", "on_train_batch_end")
 _PER_EPOCH = ("on_epoch_begin", "on_epoch_end")
