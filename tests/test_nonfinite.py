@@ -336,3 +336,12 @@ def test_a_run_works_in_another_thread_and_two_may_not_share_a_variable():
         thread.join()
     assert results[0].steps == 1
     assert tk.OptimizationLoop("sgd", max_iterations=1).minimize(lambda: x**2, [x]).steps == 1
+
+
+def test_an_eager_fit_keeps_the_best_of_variables_with_many_entries():
+    x = np.linspace(-1.0, 1.0, 64, dtype="float32").reshape(32, 2)
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(3)])
+    model.compile(keras.optimizers.SGD(0.1), "mse", run_eagerly=True)
+    loop = tk.OptimizationLoop(keep_best=True)
+    result = loop.fit(model, x, np.repeat(x[:, :1], 3, 1), batch_size=8, epochs=2, verbose=0)
+    assert result.best_loss == result.history["loss"].min()
