@@ -20,7 +20,7 @@ if _keras.backend.backend() != "tensorflow":
     )
 
 from tapekit import _session as _session
-from tapekit import callbacks, steps, stopping
+from tapekit import callbacks, plots, steps, stopping
 from tapekit._loop import OptimizationLoop
 from tapekit._nonfinite import Rollback
 from tapekit._optimizers import minimize
@@ -46,6 +46,7 @@ __all__ = [
     "callbacks",
     "intermediate",
     "minimize",
+    "plots",
     "steps",
     "stopping",
 ]

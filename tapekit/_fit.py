@@ -308,6 +308,7 @@ class FitRun(Run):
         self._last_batch: Callable[[], Any] | None = None
         self._epoch_logs: dict[str, Any] = {}
         self._epoch_history: dict[str, list[Any]] = {}
+        self._epoch_steps: dict[str, list[int]] = {}
 
     def begin(self, loop: Any) -> None:
         """Tells the callbacks of the loop and the model, and gets everyone ready."""
@@ -359,6 +360,7 @@ class FitRun(Run):
             "epoch_first": self._epoch_first,
             "epoch_logs": self._epoch_logs,
             "epoch_history": self._epoch_history,
+            "epoch_steps": self._epoch_steps,
             "names": self._objective.names,
             "batches": self._batches.state(),
         }
@@ -367,6 +369,7 @@ class FitRun(Run):
         self._epoch, self._inside = progress["epoch"], progress["inside"]
         self._epoch_first = progress["epoch_first"]
         self._epoch_logs, self._epoch_history = progress["epoch_logs"], progress["epoch_history"]
+        self._epoch_steps = progress["epoch_steps"]
         self._objective.names = progress["names"]
         if self._inside:
             self._begin_epoch()
@@ -408,6 +411,7 @@ class FitRun(Run):
         self._epoch_logs = _numbers(logs)
         for name, value in self._epoch_logs.items():
             self._epoch_history.setdefault(name, []).append(value)
+            self._epoch_steps.setdefault(name, []).append(self.step)
         self.dispatch.end_epoch(self._epoch, self._epoch_logs)
 
     def end(self) -> None:
@@ -433,7 +437,8 @@ class FitRun(Run):
         elif len(losses):  # what a train_step returns as a loss may be anything
             result = dataclasses.replace(result, loss=float(np.mean(losses)))
         history = {name: np.asarray(values) for name, values in self._epoch_history.items()}
-        self._result = dataclasses.replace(result, epoch_history=history)
+        steps = {name: np.asarray(values) for name, values in self._epoch_steps.items()}
+        self._result = dataclasses.replace(result, epoch_history=history, epoch_steps=steps)
         self._model.optimizer = self._compiled_optimizer
         return self._result
 

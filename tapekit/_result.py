@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import enum
 import os
+from collections.abc import Callable, Sequence
 from typing import Any, TextIO
 
 import numpy as np
 
-from tapekit import _exchange
+from tapekit import _drawing, _exchange
 
 
 class StopReason(enum.Enum):
@@ -52,6 +53,7 @@ class OptimizationResult:
         best_variables: the variables with that loss, in the same structure; `None` if they were not kept.
         epoch_history: after `fit`, what `keras.callbacks.History` holds, as arrays with one row an epoch;
             else empty.
+        epoch_steps: for each name of `epoch_history` the steps at which its rows were made, from 1.
 
     SciPy's names work too: `x`, `fun`, `nit`, `nfev`, `success` and `status`.
 
@@ -72,6 +74,7 @@ class OptimizationResult:
     message: str
     history: dict[str, np.ndarray]
     epoch_history: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    epoch_steps: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     best_loss: float | None = None
     best_variables: Any = None
 
@@ -200,6 +203,70 @@ class OptimizationResult:
         """
         fields: dict[str, Any] = _exchange.read(path)
         return cls(**{**fields, "reason": StopReason[fields["reason"]]})
+
+    def plot(self, names: Sequence[str] | None = None, ax: Any = None) -> Any:
+        """Draws what was recorded over the steps, a panel for each quantity.
+
+        A scale is logarithmic where the numbers ask for it. The mark at the end is a disc if the run converged, a
+        square at a limit, a cross if it was not finite, and a diamond else; the title is `message`. Red ticks are
+        steps that were not finite, and faint lines the ends of epochs, at which `val_` values are drawn too. A
+        million steps are drawn by some thousand points.
+
+        Args:
+            names: which of `history`, such as `["loss", "x[0]"]`; `None` draws the loss, and `"gradient_norm"` and
+                `"learning_rate"` where they were recorded.
+            ax: a matplotlib `Axes`, or as many as there are quantities, to draw in; `None` makes a figure by
+                `matplotlib.pyplot`.
+
+        Returns:
+            The `Axes`, or a list of them.
+
+        Raises:
+            ImportError: matplotlib is not installed; the sentence has the command that installs it.
+            TypeError: `names` is not a list.
+            ValueError: a name is not in the history, or `ax` has another number of axes.
+
+        Example:
+            >>> import matplotlib.figure, tapekit as tk, tensorflow as tf
+            >>> x = tf.Variable(0.0)
+            >>> result = tk.OptimizationLoop("sgd", max_iterations=500).minimize(lambda: (x - 4.0) ** 2, [x])
+            >>> ax = matplotlib.figure.Figure().add_subplot()
+            >>> result.plot(["loss"], ax=ax).get_yscale()
+            'log'
+        """
+        return _drawing.draw_history(self, names, ax)
+
+    def plot_trajectory(self, name: Any = None, function: Callable[..., Any] | None = None, ax: Any = None) -> Any:
+        """Draws the way of the variables in a plane, from a circle to a star.
+
+        What has more than two coordinates is projected to the plane of its two principal components.
+
+        Args:
+            name: a measure of at least two numbers, or a list of the names of at least two quantities in `history`;
+                `None` is the only one that there is. Measures see the variables after an update, so that the path
+                begins with step 1.
+            function: what to draw the levels of: it takes an array for each coordinate and returns one of the same
+                shape, as NumPy expressions do.
+            ax: a matplotlib `Axes` to draw in; `None` makes a figure by `matplotlib.pyplot`.
+
+        Returns:
+            The `Axes`.
+
+        Raises:
+            ImportError: matplotlib is not installed; the sentence has the command that installs it.
+            ValueError: nothing in the history has two coordinates, or `function` returns another shape.
+
+        Example:
+            >>> import matplotlib.figure, tapekit as tk, tensorflow as tf
+            >>> x = tf.Variable([-1.0, 2.0])
+            >>> loop = tk.OptimizationLoop("adam", max_iterations=100, measures={"x": lambda: x})
+            >>> result = loop.minimize(lambda: (1.0 - x[0]) ** 2 + 100.0 * (x[1] - x[0] ** 2) ** 2, [x])
+            >>> ax = matplotlib.figure.Figure().add_subplot()
+            >>> ax = result.plot_trajectory("x", lambda a, b: (1.0 - a) ** 2 + 100.0 * (b - a**2) ** 2, ax)
+            >>> ax.get_xlabel(), ax.get_ylabel()
+            ('x[0]', 'x[1]')
+        """
+        return _drawing.draw_trajectory(self, name, function, ax)
 
     def to_dataframe(self) -> Any:
         """Returns the history as a `pandas.DataFrame` with one row a step, which its index `step` counts from 1.

@@ -16,7 +16,7 @@ REFERENCE = (ROOT / "docs" / "reference.md").read_text(encoding="utf-8")
 PAGES = ["README.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
 PUBLIC = {
     f"{module}.{name}": getattr(importlib.import_module(module), name)
-    for module in ("tapekit", "tapekit.steps", "tapekit.stopping", "tapekit.callbacks")
+    for module in ("tapekit", "tapekit.steps", "tapekit.stopping", "tapekit.callbacks", "tapekit.plots")
     for name in importlib.import_module(module).__all__
 }
 ENTRIES = re.findall(r"^::: (\S+)$", REFERENCE, re.MULTILINE)
