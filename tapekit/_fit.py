@@ -26,7 +26,7 @@ from tapekit._drivers import Advance, Driver, Pace
 from tapekit._model import ModelObjective, has_own_train_step
 from tapekit._result import OptimizationResult, StopReason
 from tapekit._run import Run
-from tapekit.callbacks import Callback
+from tapekit.callbacks import Callback, Progress
 from tapekit.callbacks._dispatch import Dispatch, keras_logs, overridden
 
 
@@ -137,8 +137,9 @@ def _raised_in(error: BaseException) -> str:
 
 def keras_defaults(callbacks: Sequence[Any], verbose: Any) -> list[Any]:
     """Returns the callbacks that Keras adds to a fit, unless they are there."""
-    wanted = [keras.callbacks.History, *([keras.callbacks.ProgbarLogger] if verbose else [])]
-    return [kind() for kind in wanted if not any(isinstance(callback, kind) for callback in callbacks)]
+    bars = (keras.callbacks.ProgbarLogger, Progress)
+    wanted = [(keras.callbacks.History,), *([bars] if verbose else [])]
+    return [kinds[0]() for kinds in wanted if not any(isinstance(callback, kinds) for callback in callbacks)]
 
 
 class LoopCallbackList(keras.callbacks.CallbackList):
@@ -421,6 +422,12 @@ class FitRun(Run):
             self._model.optimizer.finalize_variable_values(self._model.trainable_weights)
         self._close(self._epoch_logs)
         self._ended = True
+
+    def status(self) -> dict[str, Any]:
+        """Returns where the run stands; epochs count from 0, as they do in hooks."""
+        batch = self.step - self._epoch_first
+        has_ended = batch > 0 and not self._inside
+        return super().status() | {"epoch": self._epoch - has_ended, "batch": batch}
 
     def evaluate(self) -> float:
         """Returns the loss of the batch of the last step at the present variables."""

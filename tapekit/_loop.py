@@ -157,6 +157,7 @@ class OptimizationLoop(Hooks, Configurable):
         allow_unused: bool = False,
         restore_best: bool = False,
         resume_from: Any = None,
+        verbose: int | str = "auto",
     ) -> OptimizationResult:
         """Minimizes a function over variables.
 
@@ -173,6 +174,8 @@ class OptimizationLoop(Hooks, Configurable):
             resume_from: the directory of a `callbacks.Checkpoint`, from whose newest whole checkpoint the run goes
                 on; the result is that of the whole run. Where there is none yet, the run begins anew if one of
                 its callbacks saves there. A run that had ended is not gone on with unless its criteria have changed.
+            verbose: 1 for a line that lives and 2 for plain lines by `callbacks.Progress`, 0 for silence of that and
+                of Keras's `ProgbarLogger`; "auto" leaves it to the callbacks.
 
         Returns:
             The `OptimizationResult`, which is `self.result` too.
@@ -191,7 +194,13 @@ class OptimizationLoop(Hooks, Configurable):
             >>> loop.minimize(lambda: x**2 + tf.reduce_sum(y**2), {"x": x, "y": y}).variables["y"].shape
             (2,)
         """
-        run = self._prepare(loss, variables, callbacks, steps_per_epoch, allow_unused, restore_best, resume_from)
+        if verbose not in (0, 1, 2, "auto"):
+            raise ValueError(f'`verbose` must be 0, 1, 2 or "auto", received {describe(verbose)}.')
+        shown = callback_list(callbacks)
+        if verbose in (1, 2) and not any(isinstance(c, _callbacks.Progress) for c in (*self.callbacks, *shown)):
+            shown = [*shown, _callbacks.Progress()]
+        run = self._prepare(loss, variables, shown, steps_per_epoch, allow_unused, restore_best, resume_from)
+        run.verbose = 1 if verbose == "auto" else int(verbose)
         with self._running(run):
             while run.explanation is None:
                 self._advance(run)
@@ -403,6 +412,30 @@ class OptimizationLoop(Hooks, Configurable):
         if self._current is None:
             raise RuntimeError("evaluate must be called from a hook of a running loop; this loop is not running.")
         return self._current.evaluate()
+
+    def status(self) -> dict[str, Any]:
+        """Returns where the running loop stands, for hooks that show it.
+
+        Returns:
+            A dict: `"seconds"` since the run began; `"criteria"`, a list of `stopping.Status`; in a `fit` the numbers
+            of the `"epoch"` and of the `"batch"` in it, else `None`.
+
+        Raises:
+            RuntimeError: the loop is not running.
+
+        Example:
+            >>> import tapekit as tk, tensorflow as tf
+            >>> x, loop = tf.Variable(0.0), tk.OptimizationLoop("sgd", max_iterations=4)
+            >>> show = tk.callbacks.FunctionCallback(lambda step, logs: print(loop.status()["criteria"][0].share))
+            >>> result = loop.minimize(lambda: (x - 4.0) ** 2, [x], callbacks=[show])
+            0.25
+            0.5
+            0.75
+            1.0
+        """
+        if self._current is None:
+            raise RuntimeError("status must be called from a hook of a running loop; this loop is not running.")
+        return self._current.status()
 
     def _outcome(self, run: Run) -> OptimizationResult:
         """Returns the result of a run, or raises if it ended at a number that is not finite and that is wanted."""

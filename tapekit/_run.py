@@ -57,6 +57,7 @@ class Run:
     ) -> None:
         self.interrupted = False
         self.may_be_left = False
+        self.verbose = 1
         self._on_nonfinite = on_nonfinite
         self._restore_best = restore_best
         self._rollbacks = 0
@@ -116,7 +117,7 @@ class Run:
             if isinstance(callback, Callback):
                 callback.loop = loop
             callback.set_model(self._model)
-            callback.set_params({"epochs": self._epochs, "steps": self._steps_per_epoch, "verbose": 1})
+            callback.set_params({"epochs": self._epochs, "steps": self._steps_per_epoch, "verbose": self.verbose})
         self._begin_training()
         if self._model is not None and self._model._initial_epoch:
             self._go_on(self._model._initial_epoch * self._steps_per_epoch)
@@ -305,6 +306,16 @@ class Run:
         pairs = enumerate(zip(self._driver.body.criteria, state.criteria, strict=True))
         tell_stop_when(self._callbacks, self._driver.body.criteria, state.criteria, fired, logs)
         self.explanation = either([criterion.explain(s, logs) for bit, (criterion, s) in pairs if fired >> bit & 1])
+
+    def status(self) -> dict[str, Any]:
+        """Returns where the run stands; see `OptimizationLoop.status`."""
+        criteria = []
+        if self._last is not None:
+            logs, states = self._criterion_logs(), self._driver.read(self._state).criteria
+            pairs = zip(self._driver.body.criteria, states, strict=True)
+            criteria = [status for criterion, state in pairs for status in criterion.status(state, logs)]
+        seconds = time.perf_counter() - self._started
+        return {"seconds": seconds, "criteria": criteria, "epoch": None, "batch": None}
 
     def stopped(self, why: str) -> None:
         """Notes that a hook or the caller has ended the run, unless it has ended already."""

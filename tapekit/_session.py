@@ -49,6 +49,8 @@ class Session(keras.callbacks.Callback):
         self._driver_of: Any = None
         self._state: Any = None
         self._step = 0
+        self._epoch = self._epoch_first = 0
+        self._last: Any = None
         self._started = 0.0
         self._keras_function: Any = None
         self._keeps_batches = False
@@ -76,6 +78,7 @@ class Session(keras.callbacks.Callback):
         self._keeps_batches = any(isinstance(callback, CheckGradients) for callback in self._ours)
         self._driver = self._driver_of = self._batch = None
         self._step = 0
+        self._last = None
         self._started = time.perf_counter()
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
@@ -83,6 +86,10 @@ class Session(keras.callbacks.Callback):
         self._put_back()
         self._keras_function = self._target.train_function
         self._target.train_function = self._train
+
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        """Notes which epoch it is, and where it begins."""
+        self._epoch, self._epoch_first = epoch, self._step
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         """Puts back Keras's function, which a loop of the user's own may have left where it was."""
@@ -116,6 +123,20 @@ class Session(keras.callbacks.Callback):
             raise RuntimeError("evaluate needs the batch of the step, which keras.Model.fit drops; use loop.fit.")
         return self._driver.body.objective.loss_of(self._batch)
 
+    def status(self) -> dict[str, Any]:
+        """Returns where the fit stands; see `OptimizationLoop.status`."""
+        criteria = []
+        if self._last is not None:
+            logs, states = self._criterion_logs(), self._driver.read(self._state).criteria
+            pairs = zip(self._driver.body.criteria, states, strict=True)
+            criteria = [status for criterion, state in pairs for status in criterion.status(state, logs)]
+        seconds = time.perf_counter() - self._started
+        return {"seconds": seconds, "criteria": criteria, "epoch": self._epoch, "batch": self._step - self._epoch_first}
+
+    def _criterion_logs(self) -> dict[str, Any]:
+        counts = {"step": self._step, "evaluations": self._last.evaluations}
+        return row(self._last.columns, self._last.taken - 1) | counts
+
     def _train(self, iterator: Any) -> dict[str, Any]:
         """Takes the batches that Keras asks for, `steps_per_execution` of them."""
         self._put_back()
@@ -145,12 +166,12 @@ class Session(keras.callbacks.Callback):
         self._state = chunk.state
         if chunk.taken:
             first, self._step = self._step + 1, self._step + chunk.taken
+            self._last = chunk
             self._dispatch.after(first, chunk.taken, chunk.columns)
         if chunk.fired:
             self._target.stop_training = True
             state = self._driver.read(self._state)
-            logs = {**row(chunk.columns, chunk.taken - 1), "step": self._step, "evaluations": state.evaluations}
-            tell_stop_when(self._ours, self._driver.body.criteria, state.criteria, chunk.fired, logs)
+            tell_stop_when(self._ours, self._driver.body.criteria, state.criteria, chunk.fired, self._criterion_logs())
         return chunk
 
     def _portion(self, iterator: Any) -> Portion | None:

@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
@@ -34,12 +34,46 @@ __all__ = [
     "MaxEvaluations",
     "MaxIterations",
     "NonFinite",
+    "Status",
     "VariablesChangeBelow",
     "WallTime",
     "get",
 ]
 
 Logs = Mapping[str, Any]
+
+
+class Status(NamedTuple):
+    """How far a criterion is from stopping a run.
+
+    Attributes:
+        criterion: the name of its class.
+        quantity: what it looks at, in words.
+        value: what that is now.
+        threshold: the value at which the criterion is met.
+        rising: whether the value must rise to the threshold rather than fall to it.
+
+    Example:
+        >>> import tapekit as tk
+        >>> tk.stopping.MaxIterations(1000).status((), {"step": 250})[0].share
+        0.25
+    """
+
+    criterion: str
+    quantity: str
+    value: float
+    threshold: float
+    rising: bool = False
+
+    @property
+    def share(self) -> float:
+        """How near it is: the ratio of value and threshold, or its inverse, at most 1; 0 if that says nothing."""
+        part, whole = (self.value, self.threshold) if self.rising else (self.threshold, self.value)
+        return min(part / whole, 1.0) if whole > 0.0 and part >= 0.0 else float(self._is_met)
+
+    @property
+    def _is_met(self) -> bool:
+        return self.value >= self.threshold if self.rising else self.value <= self.threshold
 
 
 class Criterion(Configurable):
@@ -91,9 +125,16 @@ class Criterion(Configurable):
         """Returns the reason and the sentence of the part that fired."""
         return self.reason, f"{type(self).__name__}: {self.message(state, logs)}"
 
+    def status(self, state: Any, logs: Logs) -> list[Status]:
+        """Returns how far each of its parts is from being met, from the state and logs as Python numbers."""
+        return []
+
     def parts(self) -> tuple[Criterion, ...]:
         """Returns the elementary criteria that this one is made of."""
         return (self,)
+
+    def _status(self, quantity: str, value: Any, threshold: float, rising: bool = False) -> list[Status]:
+        return [Status(type(self).__name__, quantity, float(value), float(threshold), rising)]
 
     def __or__(self, other: Any) -> AnyOf:
         return AnyOf((*_same(self, AnyOf), *_same(other, AnyOf)))
@@ -143,6 +184,9 @@ class MaxIterations(Criterion):
     def message(self, state, logs):
         return f"step {logs['step']} reached the limit of {self.n}"
 
+    def status(self, state, logs):
+        return self._status("step", logs["step"], self.n, rising=True)
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class MaxEvaluations(Criterion):
@@ -175,6 +219,9 @@ class MaxEvaluations(Criterion):
 
     def message(self, state, logs):
         return f"{logs['evaluations']} evaluations of the loss at step {logs['step']} reached the limit of {self.n}"
+
+    def status(self, state, logs):
+        return self._status("evaluations", logs["evaluations"], self.n, rising=True)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -213,6 +260,9 @@ class WallTime(Criterion):
     def message(self, state, logs):
         return f"{state:.6g} s at step {logs['step']} reached the limit of {self.seconds:g} s"
 
+    def status(self, state, logs):
+        return self._status("seconds", state, self.seconds, rising=True)
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LossBelow(Criterion):
@@ -241,6 +291,9 @@ class LossBelow(Criterion):
 
     def message(self, state, logs):
         return f"the loss {logs['loss']:.6g} at step {logs['step']} is at most {self.value:g}"
+
+    def status(self, state, logs):
+        return self._status("loss", logs["loss"], self.value)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -285,6 +338,10 @@ class LossChangeBelow(Criterion):
             f"the loss changed by {state['change']:.3g} at step {logs['step']}, at most the tolerance"
             f" {threshold:.3g} (atol={self.atol:g}, rtol={self.rtol:g})"
         )
+
+    def status(self, state, logs):
+        change = state["change"] if logs["step"] > 1 else math.inf
+        return self._status("change of the loss", change, self.atol + self.rtol * abs(state["loss"]))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -336,6 +393,9 @@ class GradientNormBelow(Criterion):
             f"the gradient norm {logs[self._norm]:.3g} (ord={self.ord}) at step {logs['step']} is at most {self.tol:g}"
         )
 
+    def status(self, state, logs):
+        return self._status("gradient norm", logs[self._norm], self.tol)
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class VariablesChangeBelow(Criterion):
@@ -381,6 +441,9 @@ class VariablesChangeBelow(Criterion):
             f" {state['threshold']:.3g} (atol={self.atol:g}, rtol={self.rtol:g})"
         )
 
+    def status(self, state, logs):
+        return self._status("change of the variables", state["change"], state["threshold"])
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LossPlateau(Criterion):
@@ -421,6 +484,9 @@ class LossPlateau(Criterion):
             f"no loss better than {state['best']:.6g} by more than {self.min_delta:g} for {state['wait']} steps"
             f" at step {logs['step']}"
         )
+
+    def status(self, state, logs):
+        return self._status("steps without a better loss", state["wait"], self.patience, rising=True)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -482,6 +548,10 @@ class _Combination(Criterion):
     def _explanations(self, state, logs):
         pairs = zip(self.criteria, state, strict=True)
         return [criterion.explain(inner, logs) for criterion, (inner, fired) in pairs if fired]
+
+    def status(self, state, logs):
+        pairs = zip(self.criteria, state, strict=True)
+        return [status for criterion, (inner, _) in pairs for status in criterion.status(inner, logs)]
 
 
 class AnyOf(_Combination):
@@ -579,6 +649,9 @@ class ForSteps(Criterion):
         reason, message = self.criterion.explain(state["inner"], logs)
         return reason, f"{message}, for {self.n} consecutive steps"
 
+    def status(self, state, logs):
+        return self.criterion.status(state["inner"], logs)
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class After(Criterion):
@@ -624,6 +697,9 @@ class After(Criterion):
 
     def explain(self, state, logs):
         return self.criterion.explain(state, logs)
+
+    def status(self, state, logs):
+        return self.criterion.status(state, logs)
 
 
 def either(explanations: Sequence[tuple[StopReason, str]]) -> tuple[StopReason, str]:

@@ -129,6 +129,7 @@ OBJECTS = {
     "CaptureGradients": (callbacks.CaptureGradients(every=3), callbacks.GradientStatistics(every=3)),
     "CheckGradients": (callbacks.CheckGradients(2, entries=None), callbacks.CheckGradients(2)),
     "JSONLinesLogger": (callbacks.JSONLinesLogger("log", every=2), callbacks.JSONLinesLogger("log", append=True)),
+    "Progress": (callbacks.Progress(["mae"], interval=0.5, verbose=2), callbacks.Progress(["mae"])),
     "Checkpoint": (callbacks.Checkpoint("a", seconds=60.0), callbacks.Checkpoint("a", every=None, seconds=60.0)),
     "StopWhen": (
         callbacks.StopWhen(tk.stopping.LossBelow(0.5) | tk.stopping.WallTime(60)),

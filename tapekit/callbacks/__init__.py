@@ -24,6 +24,7 @@ from tapekit.callbacks._gradients import (
     ScaleGradients,
 )
 from tapekit.callbacks._json_lines import JSONLinesLogger
+from tapekit.callbacks._progress import Progress
 from tapekit.callbacks._stop_when import StopWhen
 from tapekit.callbacks._table import IterationTable
 
@@ -40,6 +41,7 @@ __all__ = [
     "GradientStatistics",
     "IterationTable",
     "JSONLinesLogger",
+    "Progress",
     "ScaleGradients",
     "StopWhen",
     "get",
@@ -66,6 +68,7 @@ _registry.add(
     StopWhen,
     Checkpoint,
     JSONLinesLogger,
+    Progress,
 )
 
 

@@ -16,6 +16,7 @@ from tapekit.callbacks._base import Callback, Hooks
 from tapekit.callbacks._checkpoint import Checkpoint
 from tapekit.callbacks._gradient_views import CaptureGradients, GradientStatistics
 from tapekit.callbacks._json_lines import JSONLinesLogger
+from tapekit.callbacks._progress import Progress
 from tapekit.callbacks._table import IterationTable
 from tapekit.callbacks._variables_model import check_monitor
 
@@ -32,6 +33,7 @@ _ONLY_LOOK = (
     CaptureGradients,
     Checkpoint,
     JSONLinesLogger,
+    Progress,
 )
 _PER_STEP = ("on_train_batch_begin", "on_step", "on_train_batch_end")
 _PER_EPOCH = ("on_epoch_begin", "on_epoch_end")
@@ -119,6 +121,8 @@ class Dispatch:
                     every = getattr(owner, "every", 1)
                     every = 0 if every is None else check_integer(every, f"{type(owner).__name__}.every", 1)
                 elif hook in _PER_EPOCH:
+                    if type(owner) is Progress and self._epoch_length:
+                        continue  # an epoch of a function may be a single step
                     every = self._epoch_length or 1
                 elif not isinstance(owner, (Hooks, Callback)):
                     every, from_epoch = self._batches_per_call, self._epoch_length is None
