@@ -25,7 +25,7 @@ from tapekit.callbacks import Callback, Checkpoint, StopWhen
 from tapekit.callbacks._checkpoint import check_directory
 from tapekit.callbacks._dispatch import Dispatch, keras_logs, without_keras_loss
 from tapekit.callbacks._variables_model import VariablesModel
-from tapekit.stopping import MaxIterations, NonFinite, either
+from tapekit.stopping import MaxIterations, NonFinite, either, statuses
 
 
 class Run:
@@ -311,9 +311,8 @@ class Run:
         """Returns where the run stands; see `OptimizationLoop.status`."""
         criteria = []
         if self._last is not None:
-            logs, states = self._criterion_logs(), self._driver.read(self._state).criteria
-            pairs = zip(self._driver.body.criteria, states, strict=True)
-            criteria = [status for criterion, state in pairs for status in criterion.status(state, logs)]
+            states = self._driver.read(self._state).criteria
+            criteria = statuses(self._driver.body.criteria, states, self._criterion_logs())
         seconds = time.perf_counter() - self._started
         return {"seconds": seconds, "criteria": criteria, "epoch": None, "batch": None}
 

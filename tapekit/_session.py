@@ -26,6 +26,7 @@ from tapekit._run import tell_stop_when
 from tapekit.callbacks import Callback, CheckGradients, StopWhen, _base
 from tapekit.callbacks._dispatch import KERAS_LOSS, Dispatch
 from tapekit.steps import asks_for_intermediates
+from tapekit.stopping import statuses
 
 _TELLING = ("set_model", "set_params")
 
@@ -127,9 +128,8 @@ class Session(keras.callbacks.Callback):
         """Returns where the fit stands; see `OptimizationLoop.status`."""
         criteria = []
         if self._last is not None:
-            logs, states = self._criterion_logs(), self._driver.read(self._state).criteria
-            pairs = zip(self._driver.body.criteria, states, strict=True)
-            criteria = [status for criterion, state in pairs for status in criterion.status(state, logs)]
+            states = self._driver.read(self._state).criteria
+            criteria = statuses(self._driver.body.criteria, states, self._criterion_logs())
         seconds = time.perf_counter() - self._started
         return {"seconds": seconds, "criteria": criteria, "epoch": self._epoch, "batch": self._step - self._epoch_first}
 

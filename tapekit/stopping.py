@@ -69,10 +69,11 @@ class Status(NamedTuple):
     def share(self) -> float:
         """How near it is: the ratio of value and threshold, or its inverse, at most 1; 0 if that says nothing."""
         part, whole = (self.value, self.threshold) if self.rising else (self.threshold, self.value)
-        return min(part / whole, 1.0) if whole > 0.0 and part >= 0.0 else float(self._is_met)
+        return min(part / whole, 1.0) if whole > 0.0 and part >= 0.0 else float(self.is_met)
 
     @property
-    def _is_met(self) -> bool:
+    def is_met(self) -> bool:
+        """Whether the value has reached the threshold."""
         return self.value >= self.threshold if self.rising else self.value <= self.threshold
 
 
@@ -550,8 +551,7 @@ class _Combination(Criterion):
         return [criterion.explain(inner, logs) for criterion, (inner, fired) in pairs if fired]
 
     def status(self, state, logs):
-        pairs = zip(self.criteria, state, strict=True)
-        return [status for criterion, (inner, _) in pairs for status in criterion.status(inner, logs)]
+        return statuses(self.criteria, [inner for inner, _ in state], logs)
 
 
 class AnyOf(_Combination):
@@ -700,6 +700,12 @@ class After(Criterion):
 
     def status(self, state, logs):
         return self.criterion.status(state, logs)
+
+
+def statuses(criteria: Sequence[Criterion], states: Sequence[Any], logs: Logs) -> list[Status]:
+    """Returns how far each part of some criteria is from being met."""
+    pairs = zip(criteria, states, strict=True)
+    return [status for criterion, state in pairs for status in criterion.status(state, logs)]
 
 
 def either(explanations: Sequence[tuple[StopReason, str]]) -> tuple[StopReason, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import html
 import importlib.util
 import math
 import os
@@ -23,9 +24,13 @@ _LARGEST_SHARE = 0.01
 """Of the time of a run that drawing may take."""
 _RATE_OVER = 5.0
 """The seconds over which the rate is taken."""
+_LINES_APART = 50
+"""How many intervals there are between two plain lines."""
 _WIDE = 110
 """From how many columns of the terminal there is room for a bar."""
 _PREFIXES = {1e9: "G", 1e6: "M", 1e3: "k"}
+_PREPARING = "the first steps are being prepared"
+_SIGNS = {(False, False): ">", (False, True): "<=", (True, False): "<", (True, True): ">="}
 _LIMITS = ("step", "seconds")
 """What the criteria look at whose thresholds say when a run ends at the latest."""
 
@@ -33,8 +38,9 @@ _LIMITS = ("step", "seconds")
 class Progress(Callback):
     """Shows how far a run is: step or epoch, steps a second, time gone and left, loss, and the nearest criterion.
 
-    In a terminal and in a notebook it is one line that changes, drawn by rich (`pip install "tapekit[progress]"`), or
-    by `keras.utils.Progbar` where that is not installed. Elsewhere, in a log file say, it is a plain line now and then.
+    In a terminal it is one line that changes, drawn by rich (`pip install "tapekit[progress]"`), or by
+    `keras.utils.Progbar` where that is not installed; in a notebook it is an output that changes. Elsewhere, in a log
+    file say, it is a plain line now and then.
     It looks when the host does, about twenty times a second, and draws so seldom that this takes about a hundredth of
     the time at most. The time left is that to the limit of steps, epochs or seconds, if there is one. There are no
     colours where the environment variable `NO_COLOR` is set.
@@ -56,7 +62,7 @@ class Progress(Callback):
         >>> x = tf.Variable(0.0)
         >>> loop = tk.OptimizationLoop("sgd", tolerance=1e-9, max_iterations=300)
         >>> result = loop.minimize(lambda: (x - 4.0) ** 2, [x], [tk.callbacks.Progress()])
-        step 300/300, 0:0... gone, loss 9.06...e-05, change_of_the_loss 3.7...e-06>1e-09
+        step 300/300, 0:00 gone, loss 9.06...e-05, change_of_the_loss 3.7...e-06>1e-09, ... steps/s
     """
 
     every: Any = None
@@ -84,6 +90,7 @@ class Progress(Callback):
         self._logs: dict[str, Any] = {}
         self._drawn: int | None = None
         self._samples: collections.deque[tuple[float, int]] = collections.deque()
+        self._not_state = frozenset({*vars(self), "_not_state"})
 
     def on_train_begin(self, logs=None):
         """Opens the display."""
@@ -94,7 +101,9 @@ class Progress(Callback):
         self._step, self._drawn = 0, None
         self._logs.clear()
         self._samples.clear()
-        self._due = time.perf_counter() + self._display.first_after * self.interval if self._display else math.inf
+        self._due = math.inf
+        if self._display:
+            self._due = time.perf_counter() + (0.0 if self._display.is_live else _LINES_APART * self.interval)
 
     def on_step(self, step, logs):
         """Draws, if it is time."""
@@ -113,8 +122,8 @@ class Progress(Callback):
 
     def on_train_end(self, logs=None):
         """Draws how the run has ended, and closes the display."""
-        if self._display and self._step and self._drawn != self._step:
-            self._draw(is_epoch_end=True)
+        if self._display and self._step and (self._display.is_live or self._drawn != self._step):
+            self._draw(is_epoch_end=True, has_ended=True)
         self._close()
 
     def _close(self) -> None:
@@ -122,19 +131,20 @@ class Progress(Callback):
             self._display.close()
         self._display = None
 
-    def _draw(self, is_epoch_end: bool = False) -> None:
+    def _draw(self, is_epoch_end: bool = False, has_ended: bool = False) -> None:
         began = time.perf_counter()
         status = self.loop.status()
         if is_epoch_end or self._verbose == 1 or status["epoch"] is None:
             self._samples.append((began, self._step))
             while began - self._samples[0][0] > _RATE_OVER and len(self._samples) > 2:
                 self._samples.popleft()
-            self._display.show(self._view(status))
+            self._display.show(self._view(status, has_ended))
             self._drawn = self._step
         took = time.perf_counter() - began
-        self._due = began + max(self.interval * self._display.intervals, took / _LARGEST_SHARE)
+        interval = self.interval if self._display.is_live else _LINES_APART * self.interval
+        self._due = began + max(interval, took / _LARGEST_SHARE)
 
-    def _view(self, status: dict[str, Any]) -> _View:
+    def _view(self, status: dict[str, Any], has_ended: bool) -> _View:
         seconds, total, where = [], None, f"step {self._step:,}"
         limits = [s for s in status["criteria"] if s.quantity in _LIMITS]
         done = [s.share for s in limits]
@@ -164,13 +174,14 @@ class Progress(Callback):
             min(seconds, default=None),
             rate,
             {name: self._logs[name] for name in (*_KNOWN, *self.metrics) if name in self._logs},
+            has_ended,
             max((s for s in status["criteria"] if s.quantity not in _LIMITS), key=lambda s: s.share, default=None),
         )
 
     def _rate(self) -> float | None:
         """Returns the steps a second of late; `None` before there are two looks."""
         (since, first), (now, last) = self._samples[0], self._samples[-1]
-        return (last - first) / (now - since) if last > first else None
+        return (last - first) / (now - since) if last > first and now > since else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,6 +200,7 @@ class _View:
     """Seconds to the end, if it is known."""
     rate: float | None
     values: dict[str, Any]
+    has_ended: bool
     nearest: Any
     """The `Status` of the criterion that is nearest to being met, beside the limits that `done` tells of."""
 
@@ -197,21 +209,28 @@ class _View:
         """The view in words, one for each of its parts."""
         values = {name: _number(value) for name, value in self.values.items()}
         if self.nearest:
-            _, quantity, value, threshold, rising = self.nearest
-            values[quantity.replace(" ", "_")] = f"{_number(value)}{'<' if rising else '>'}{_number(threshold)}"
+            name, sign = self.nearest.quantity.replace(" ", "_"), _SIGNS[self.nearest.rising, self.nearest.is_met]
+            values[name] = f"{_number(self.nearest.value)}{sign}{_number(self.nearest.threshold)}"
         rate = [] if self.rate is None else [f"{_short(self.rate)} steps/s"]
         return [*(f"{name} {text}" for name, text in values.items()), *rate]
 
     @property
     def left_to_come(self) -> str:
         """The time to the end, in words; nothing if it is not known or over."""
-        return "" if self.left is None or self.done == 1.0 else _clock(self.left)
+        return "" if self.left is None or self.has_ended or self.done == 1.0 else _clock(self.left)
+
+    @property
+    def line(self) -> str:
+        """The view as the line that lives."""
+        share = "" if self.done is None else f"{self.done:.0%} "
+        left = f"<{self.left_to_come}" if self.left_to_come else ""
+        return "  ".join([share + self.where.removeprefix("step "), f"{_clock(self.gone)}{left}", *self.pieces])
 
 
 class _PlainLines:
     """Lines for a file that nobody looks at while it is written."""
 
-    first_after = intervals = 50
+    is_live = False
 
     def __init__(self, file: TextIO | None) -> None:
         self._file = file
@@ -226,9 +245,9 @@ class _PlainLines:
 
 
 class _RichLine:
-    """A line of rich, in a terminal or a notebook."""
+    """A line of rich, in a terminal."""
 
-    first_after, intervals = 0, 1
+    is_live = True
 
     def __init__(self, console: Any) -> None:
         progress, table = importlib.import_module("rich.progress"), importlib.import_module("rich.table")
@@ -236,26 +255,42 @@ class _RichLine:
         text = progress.TextColumn("{task.description}", markup=False, table_column=line)
         bar = [progress.BarColumn(bar_width=20)] if console.width >= _WIDE else []
         self._progress = progress.Progress(*bar, text, console=console, auto_refresh=False)
-        self._task = self._progress.add_task("the first steps are being prepared", total=None)
+        self._task = self._progress.add_task(_PREPARING, total=None)
         self._progress.start()
-        self._progress.refresh()
 
     def show(self, view: _View) -> None:
         known = {} if view.done is None else {"total": 1.0, "completed": view.done}
-        share = "" if view.done is None else f"{view.done:.0%} "
-        left = f"<{view.left_to_come}" if view.left_to_come else ""
-        where = view.where.removeprefix("step ")
-        text = "  ".join([f"{share}{where}", f"{_clock(view.gone)}{left}", *view.pieces])
-        self._progress.update(self._task, description=text, refresh=True, **known)
+        self._progress.update(self._task, description=view.line, refresh=True, **known)
 
     def close(self) -> None:
         self._progress.stop()
 
 
+class _NotebookLine:
+    """An output of IPython that changes; that of rich would need ipywidgets."""
+
+    is_live = True
+
+    def __init__(self) -> None:
+        display = importlib.import_module("IPython.display").display
+        self._handle = display(_as_output(_PREPARING, None), raw=True, display_id=True)
+
+    def show(self, view: _View) -> None:
+        self._handle.update(_as_output(view.line, view.done), raw=True)
+
+    def close(self) -> None:
+        pass
+
+
+def _as_output(text: str, done: float | None) -> dict[str, str]:
+    bar = "" if done is None else f'<progress value="{done:.4f}"></progress> '
+    return {"text/plain": text, "text/html": f"<div>{bar}<code>{html.escape(text)}</code></div>"}
+
+
 class _KerasBar:
     """The bar of Keras, in a terminal without rich."""
 
-    first_after, intervals = 0, 1
+    is_live = True
 
     def __init__(self) -> None:
         self._bar: Any = None
@@ -281,12 +316,13 @@ def _display(file: TextIO | None, verbose: int) -> Any:
         is_for_bar = file in (None, sys.stdout) and sys.stdout.isatty() and not os.environ.get("NO_COLOR")
         return _KerasBar() if is_for_bar else _PlainLines(file)
     console = importlib.import_module("rich.console").Console(file=file)
-    is_live = console.is_jupyter or (console.is_terminal and not console.is_dumb_terminal)
-    return _RichLine(console) if is_live else _PlainLines(file)
+    if console.is_jupyter:
+        return _NotebookLine()
+    return _RichLine(console) if console.is_terminal and not console.is_dumb_terminal else _PlainLines(file)
 
 
 def _clock(seconds: float) -> str:
-    minutes, rest = divmod(max(0, round(seconds)), 60)
+    minutes, rest = divmod(max(0, int(seconds)), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
