@@ -37,6 +37,7 @@ from tapekit._optimizers import Updater
 from tapekit._result import NonFiniteError, OptimizationResult, StopReason
 from tapekit._run import Run, saved_run
 from tapekit._tensors import KerasVariable
+from tapekit.callbacks._at_steps import with_inner
 from tapekit.callbacks._base import Hooks
 from tapekit.callbacks._dispatch import Dispatch, overridden
 from tapekit.callbacks._variables_model import check_callbacks
@@ -529,7 +530,7 @@ class OptimizationLoop(Hooks, Configurable):
         extra = callback_list(callbacks)
         self._check_step_provides(extra)
         owners = [*self.callbacks, *extra]
-        check_callbacks(owners, self.optimizer)
+        check_callbacks(with_inner(owners), self.optimizer)
         saved = saved_run(resume_from, owners)
         dispatch = Dispatch([self, *owners], check_integer(steps_per_epoch, "steps_per_epoch", 1))
         if not (live or self._criteria_of(owners)[1:] or dispatch.can_stop):

@@ -22,6 +22,7 @@ from tapekit._result import OptimizationResult, StopReason
 from tapekit._store import Saved, Store
 from tapekit._tensors import tf_variable
 from tapekit.callbacks import Callback, Checkpoint, StopWhen
+from tapekit.callbacks._at_steps import with_inner
 from tapekit.callbacks._checkpoint import check_directory
 from tapekit.callbacks._dispatch import Dispatch, keras_logs, without_keras_loss
 from tapekit.callbacks._variables_model import VariablesModel
@@ -97,7 +98,7 @@ class Run:
             ValueError: it is of another run.
         """
         if self._checkpoints or saved:
-            self._memory = Memory(self._driver, [loop, *self._callbacks], *self._data())
+            self._memory = Memory(self._driver, [loop, *with_inner(self._callbacks)], *self._data())
         if saved:
             self._driver.build()
             self._memory.check(saved)
@@ -353,6 +354,7 @@ class Run:
             message=message,
             history=self._records.arrays(),
         )
+        logger.info("%d steps in %.3g s: %s", self._result.steps, self._result.seconds, message)
         return self._result
 
     def _best(self, lowest: float) -> tuple[float, Any]:

@@ -12,6 +12,7 @@ import keras
 
 from tapekit._config import Registry
 from tapekit._describe import describe
+from tapekit.callbacks._at_steps import AtSteps
 from tapekit.callbacks._base import Callback, FunctionCallback, takes_step_and_logs
 from tapekit.callbacks._checkpoint import Checkpoint
 from tapekit.callbacks._gradient_checks import CheckGradients
@@ -24,11 +25,14 @@ from tapekit.callbacks._gradients import (
     ScaleGradients,
 )
 from tapekit.callbacks._json_lines import JSONLinesLogger
+from tapekit.callbacks._log_steps import LogSteps
 from tapekit.callbacks._progress import Progress
 from tapekit.callbacks._stop_when import StopWhen
 from tapekit.callbacks._table import IterationTable
+from tapekit.callbacks._tensorboard import TensorBoardLogger
 
 __all__ = [
+    "AtSteps",
     "Callback",
     "CaptureGradients",
     "CentralizeGradients",
@@ -41,9 +45,11 @@ __all__ = [
     "GradientStatistics",
     "IterationTable",
     "JSONLinesLogger",
+    "LogSteps",
     "Progress",
     "ScaleGradients",
     "StopWhen",
+    "TensorBoardLogger",
     "get",
 ]
 
@@ -69,6 +75,9 @@ _registry.add(
     Checkpoint,
     JSONLinesLogger,
     Progress,
+    LogSteps,
+    TensorBoardLogger,
+    AtSteps,
 )
 
 

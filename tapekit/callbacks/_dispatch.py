@@ -16,8 +16,10 @@ from tapekit.callbacks._base import Callback, Hooks
 from tapekit.callbacks._checkpoint import Checkpoint
 from tapekit.callbacks._gradient_views import CaptureGradients, GradientStatistics
 from tapekit.callbacks._json_lines import JSONLinesLogger
+from tapekit.callbacks._log_steps import LogSteps
 from tapekit.callbacks._progress import Progress
 from tapekit.callbacks._table import IterationTable
+from tapekit.callbacks._tensorboard import TensorBoardLogger
 from tapekit.callbacks._variables_model import check_monitor
 
 KERAS_LOSS = "keras/loss"
@@ -33,7 +35,9 @@ _ONLY_LOOK = (
     CaptureGradients,
     Checkpoint,
     JSONLinesLogger,
+    LogSteps,
     Progress,
+    TensorBoardLogger,
 )
 _PER_STEP = ("on_train_batch_begin", "on_step", "on_train_batch_end")
 _PER_EPOCH = ("on_epoch_begin", "on_epoch_end")

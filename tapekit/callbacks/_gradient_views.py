@@ -107,12 +107,26 @@ class ViewingCallback(CountingCallback):
         raise NotImplementedError
 
 
-class _PeriodicCallback(ViewingCallback):
-    """Takes something to the host at every n-th step."""
+class PeriodicCallback(ViewingCallback):
+    """Keeps something of the gradients at every n-th step.
+
+    Args:
+        every: n, at least 1.
+    """
 
     def __init__(self, every: int = 1) -> None:
         super().__init__()
         self.every = check_integer(every, "every", 1)
+
+    def _due(self, before: Any) -> Any:
+        return True if self.every == 1 else (before + 1) % self.every == 0
+
+
+class _GatheringCallback(PeriodicCallback):
+    """Takes something to the host at every n-th step, and has all of it after the run."""
+
+    def __init__(self, every: int = 1) -> None:
+        super().__init__(every)
         self._steps: list[int] = []
         self._rows: list[list[np.ndarray]] = []
         self._names: list[str] = []
@@ -128,9 +142,6 @@ class _PeriodicCallback(ViewingCallback):
         self._steps.append(step)
         self._rows.append([self.shelf.of(variable)[0].numpy() for variable in variables])
 
-    def _due(self, before: Any) -> Any:
-        return True if self.every == 1 else (before + 1) % self.every == 0
-
     @property
     def steps(self) -> np.ndarray:
         """The k steps of the last run that were looked at, of shape (k,)."""
@@ -141,7 +152,7 @@ class _PeriodicCallback(ViewingCallback):
         return ((name, np.stack(rows)) for name, rows in zip(self._names, columns, strict=True))
 
 
-class GradientStatistics(_PeriodicCallback):
+class GradientStatistics(_GatheringCallback):
     """Follows the statistics of the gradient of each variable.
 
     They are computed in the graph, at the steps that are due and no others, in float64 and of the gradients as
@@ -196,7 +207,7 @@ class GradientStatistics(_PeriodicCallback):
         places[0].assign(tf.stack([norm_of([values]), means[0], largest_of(values), *means[1:]]))
 
 
-class CaptureGradients(_PeriodicCallback):
+class CaptureGradients(_GatheringCallback):
     """Takes the gradients themselves to the host, as NumPy arrays.
 
     They are those of the very step, as they reach this callback: put it before callbacks that change gradients,

@@ -18,6 +18,7 @@ import numpy as np
 
 from tapekit._describe import check_real, describe
 from tapekit.callbacks._base import Callback
+from tapekit.callbacks._table import check_names
 
 _KNOWN = ("loss", "gradient_norm")
 _LARGEST_SHARE = 0.01
@@ -75,11 +76,9 @@ class Progress(Callback):
         file: TextIO | None = None,
     ) -> None:
         super().__init__()
-        if isinstance(metrics, str):
-            raise TypeError(f"`metrics` must be a list of names of logs, received {metrics!r}; write [{metrics!r}].")
         if verbose not in (None, 0, 1, 2):
             raise ValueError(f"`verbose` must be 0, 1, 2 or None, received {describe(verbose)}.")
-        self.metrics = [] if metrics is None else list(metrics)
+        self.metrics = [] if metrics is None else check_names(metrics, "metrics")
         self.interval = check_real(interval, "interval", 0)
         self.verbose = verbose
         self.file = file

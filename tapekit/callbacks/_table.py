@@ -41,9 +41,7 @@ class IterationTable(Callback):
 
     def __init__(self, columns: Iterable[str] | None = None, every: int = 1, file: TextIO | None = None):
         super().__init__()
-        if isinstance(columns, str):
-            raise TypeError(f"`columns` must be a list of names of logs, received {columns!r}; write [{columns!r}].")
-        self.columns = None if columns is None else list(columns)
+        self.columns = None if columns is None else check_names(columns, "columns")
         self.every = check_integer(every, "every", 1)
         self.file = file
         self._widths: dict[str, int] | None = None
@@ -59,7 +57,7 @@ class IterationTable(Callback):
             self._widths = self._choose_widths(logs)
             heading = (f"{name:>{width}}" for name, width in self._widths.items())
             print("  ".join(["  step", *heading]), file=file)
-        cells = (f"{_cell(logs[name]):>{width}}" for name, width in self._widths.items())
+        cells = (f"{cell(logs[name]):>{width}}" for name, width in self._widths.items())
         print("  ".join([f"{step:6d}", *cells]), file=file)
 
     def _choose_widths(self, logs: dict[str, Any]) -> dict[str, int]:
@@ -67,13 +65,21 @@ class IterationTable(Callback):
         unknown = [name for name in names if name not in logs]
         if unknown:
             raise ValueError(f"`columns` must be among {', '.join(logs)}, received {', '.join(unknown)}.")
-        return {name: max(_NUMBER_WIDTH, len(name), len(_cell(logs[name]))) for name in names}
+        return {name: max(_NUMBER_WIDTH, len(name), len(cell(logs[name]))) for name in names}
 
 
 _NUMBER_WIDTH = 12
 
 
-def _cell(value: Any) -> str:
+def check_names(names: Any, argument: str) -> list[str]:
+    """Returns the names of logs that an argument has."""
+    if isinstance(names, str):
+        raise TypeError(f"`{argument}` must be a list of names of logs, received {names!r}; write [{names!r}].")
+    return list(names)
+
+
+def cell(value: Any) -> str:
+    """Returns a value of the logs in words."""
     if not isinstance(value, np.ndarray):
         return _number(value)
     text = np.array2string(
