@@ -218,11 +218,15 @@ class _Packed(NamedTuple):
 class _Program:
     """A step traced for batches of one shape, and the compiled loops around it."""
 
-    def __init__(self, step: Any, capacity: int, jit: bool) -> None:
+    def __init__(self, step: Any, portion: Portion, tries: bool) -> None:
         self.step = step
+        self.may_jit = portion.batch is not None or not tries
+        """Whether XLA may compile it: what it refuses would be lost to a stream, so there it is tried first."""
+        self.on_trial = not self.may_jit and all(_has_one_shape(spec) for spec in tree.flatten(portion.spec) if spec)
+        """Whether XLA is to be tried on the next batch; never where it would compile each of many shapes."""
         self.chunks: dict[Any, tuple[Any, Any, Any]] = {}
-        self.capacity = capacity
-        self.jit = jit
+        self.capacity = 1
+        self.jit = False
         self.written = written(step)
         """The variables that it changes."""
         self.draws = bool(op_types(step) & DRAWING)
@@ -260,7 +264,7 @@ class CompiledDriver(Driver):
         self._jit = bool(jit_compile)
         self._tries = not self._strict
         start = _Packed(np.int32(0), np.int32(0), np.float64(np.nan), np.bool_(False), np.bool_(True), body.initial)
-        self._packing = Packing(start)
+        self._packing, self._state_packing = Packing(start), Packing(body.initial)
         self._programs: dict[Any, _Program] = {}
 
     def prepare(self, period: int, portion: Portion = NO_DATA) -> None:
@@ -271,7 +275,7 @@ class CompiledDriver(Driver):
             specs = [tf.TensorSpec(leaf.shape, leaf.dtype) for leaf in tree.flatten(self.body.initial)]
             trace = tf.function(self._trace, autograph=False)
             step = trace.get_concrete_function(clock, specs, portion.spec, tf.TensorSpec([], tf.int32))
-            self._programs[key] = _Program(step, 1, self._jit)
+            self._programs[key] = _Program(step, portion, self._tries)
             self._choose(op_types(step))
             self._set(self._programs[key], period, portion)
             if self._programs[key].jit and self._tries and portion.key and portion.batch:
@@ -280,8 +284,8 @@ class CompiledDriver(Driver):
 
     def _set(self, program: _Program, period: int, portion: Portion) -> None:
         self._period = min(period, self._longest)
-        # A lone batch is not worth a compilation, and what XLA refuses would be lost to a stream.
-        program.jit = self._jit and (self._strict or (portion.batch is not None and portion.length != 1))
+        is_worth_it = self._strict or portion.length != 1  # a lone batch is not worth a compilation
+        program.jit = self._jit and is_worth_it and (program.may_jit or portion.batch is not None)
         program.capacity = self._capacity(program)
 
     @property
@@ -360,13 +364,14 @@ class CompiledDriver(Driver):
         """
         packing, capacity, batch_of = self._packing, program.capacity, portion.batch
         rows = program.step.structured_outputs[1]
-        # The batches of a stream come from outside of what XLA compiles, so there it is the step that is compiled.
-        step = program.step if batch_of else tf.function(program.step, autograph=False, jit_compile=program.jit)
+        # The batches of a stream come from outside of what XLA compiles, so there it is the step that is compiled, and
+        # each tensor that goes through the loop beside it costs time.
+        step, hold, release = (program.step, tree.flatten, list) if batch_of else self._packed(program)
 
         # XLA would wait for the check before every update and copy what it updates. There every update is made, and if
         # the last step of the chunk turns out not to be finite, the host undoes it all and goes as far as was right.
         undoes = self._undoes(program, portion)
-        parts = [*program.step.structured_outputs[0], *rows.values()]
+        parts = [*hold(self.body.initial), *rows.values()]
         queue = None
         if batch_of is None:
             queue = tf.queue.FIFOQueue(capacity, [part.dtype for part in parts], [part.shape for part in parts])
@@ -400,7 +405,7 @@ class CompiledDriver(Driver):
                 for name, row in rows.items()
                 if queue is None
             }
-            leaves = tree.flatten(packing.unpack(integers, floats, as_tensor).state)
+            leaves = hold(packing.unpack(integers, floats, as_tensor).state)
             verdict = Verdict(tf.constant(0), tf.constant(True), no_counts)
             start = (tf.constant(0), verdict, tf.constant(False), leaves, records)
             end = tf.while_loop(proceed, advance, start, parallel_iterations=1)
@@ -408,15 +413,32 @@ class CompiledDriver(Driver):
             unknown = tf.constant(np.nan, tf.float64)
             known = (verdict.fired != 0) & verdict.finite
             loss = tf.cond(known, lambda: self.traced_loss(), lambda: unknown) if self.traced_loss else unknown
-            integers, floats = packing.pack([taken, verdict.fired, loss, exhausted, verdict.finite, *leaves])
+            integers, floats = packing.pack([taken, verdict.fired, loss, exhausted, verdict.finite, *release(leaves)])
             return integers, floats, verdict.counts, {name: record.stack() for name, record in records.items()}
 
         limit, clock = tf.TensorSpec([], tf.int32), tf.TensorSpec([], tf.float64)
         specs = [tf.TensorSpec(part.shape, part.dtype) for part in self.begin()]
+        feed: Any = tf.nest.map_structure(_spec, portion.feed) if batch_of else tf.data.IteratorSpec(portion.spec)
         compiled = tf.function(run, autograph=False, jit_compile=program.jit and batch_of is not None)
-        function = compiled.get_concrete_function(limit, clock, *specs, tf.nest.map_structure(_spec, portion.feed))
+        function = compiled.get_concrete_function(limit, clock, *specs, feed)
         # The public call spends 35 us on matching arguments to the signature, a third of a live step.
         return function._call_flat, function.captured_inputs, queue
+
+    def _packed(self, program: _Program) -> tuple[Any, Any, Any]:
+        """Returns the step of a program, compiled by itself, on a state of two vectors; what packs it, and unpacks."""
+
+        def pack(state: Any) -> list[Any]:
+            return list(self._state_packing.pack(tree.flatten(state)))
+
+        def unpack(leaves: Any) -> list[Any]:
+            integers, floats = leaves
+            return tree.flatten(self._state_packing.unpack(integers, floats, as_tensor))
+
+        def step(seconds: Any, leaves: Any, batch: Any, guard: Any) -> Any:
+            leaves, row, verdict = program.step(seconds, unpack(leaves), batch, guard)
+            return pack(leaves), row, verdict
+
+        return tf.function(step, autograph=False, jit_compile=program.jit), pack, unpack
 
     def begin(self, state: State | None = None) -> tuple[tf.Tensor, tf.Tensor]:
         """Returns the state, packed."""
@@ -431,6 +453,8 @@ class CompiledDriver(Driver):
     def advance(self, state: tuple[tf.Tensor, tf.Tensor], limit: int, seconds: float, portion=NO_DATA) -> Advance:
         """Takes the steps in one call."""
         program = self._programs[portion.key]
+        if program.on_trial and self._jit and portion.batch is None:
+            return self._begin_stream(program, state, seconds, portion)
         feed = [leaf for leaf in tf.nest.flatten(portion.feed, expand_composites=True) if leaf is not None]
         undoes = self._undoes(program, portion)
         key = program.jit, undoes, program.capacity, portion.size, *((part.shape, part.dtype) for part in feed)
@@ -477,15 +501,31 @@ class CompiledDriver(Driver):
         exhausted, finite = bool(exhausted), bool(finite)
         return Advance((integers, floats), taken, fired, evaluations, columns, loss, exhausted, finite, culprits)
 
+    def _begin_stream(self, program: _Program, state: Any, seconds: float, portion: Portion) -> Advance:
+        """Takes the first step of a stream, once XLA has been tried on its batch."""
+        evaluations = self.read(state).evaluations
+        try:
+            batch = portion.take()
+        except StopIteration:
+            return Advance(state, 0, 0, evaluations, {}, None, exhausted=True)
+        except tf.errors.OpError as error:
+            return Advance(state, 0, 0, evaluations, {}, None, error=error)
+        program.on_trial, program.may_jit = False, True
+        same = portion._replace(feed=iter(tf.data.Dataset.from_tensors(batch).repeat()))
+        self._set(program, self._period, same)
+        self._try_both(program, same)
+        self._set(program, self._period, same)
+        return self.advance(state, 1, seconds, same)
+
     def _until(self, error: Exception, state: Any, program: _Program, queue: Any) -> Advance:
         """Returns the steps that were taken before the data has raised."""
         taken = int(queue.size())
         columns: dict[str, np.ndarray] = {}
         if taken:
             parts = queue.dequeue_many(taken)
-            count = len(parts) - len(program.records)
-            columns = {name: _array(part) for name, part in zip(program.records, parts[count:], strict=True)}
-            state = self.begin(tree.pack_sequence_as(self.body.initial, [part[-1].numpy() for part in parts[:count]]))
+            integers, floats, *rows = parts
+            columns = {name: _array(part) for name, part in zip(program.records, rows, strict=True)}
+            state = self.begin(self._state_packing.unpack(integers[-1].numpy(), floats[-1].numpy(), as_numbers))
         return Advance(state, taken, 0, self.read(state).evaluations, columns, None, error=error)
 
     def _undoes(self, program: _Program, portion: Portion) -> bool:
@@ -510,6 +550,11 @@ class CompiledDriver(Driver):
 
 
 _FROM_DATA = "IteratorGetNext"
+
+
+def _has_one_shape(spec: Any) -> bool:
+    """Returns whether tensors of a spec differ in nothing but the number of samples."""
+    return isinstance(spec, tf.TensorSpec) and spec.shape.rank is not None and spec.shape[1:].is_fully_defined()
 
 
 def _spec(leaf: Any) -> Any:

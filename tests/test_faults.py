@@ -248,7 +248,9 @@ def _fit(data, driver):
 
 
 def _check_up_to(bad, model, loop, driver):
-    whole, other, run = _fit(tf.data.Dataset.from_tensor_slices((X, Y)).batch(10).take(bad), driver)
+    short = tf.data.Dataset.from_tensor_slices((X, Y)).batch(10).take(bad)
+    short = short.filter(lambda *batch: True)  # so that nobody knows how short it is, which would choose a graph
+    whole, other, run = _fit(short, driver)
     run()
     assert (loop.result.steps, loop.result.reason) == (bad, tk.StopReason.ERROR)
     np.testing.assert_array_equal(loop.result.history["loss"], other.result.history["loss"])
