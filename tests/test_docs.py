@@ -116,6 +116,12 @@ def test_every_method_in_the_reference_is_in_an_example(path, name):
     assert re.search(rf"\b{name}\(", code)
 
 
+@pytest.mark.parametrize("page", PAGES)
+def test_every_test_that_a_page_names_exists(page):
+    for file, test in re.findall(r"`(\w+\.py)::(\w+)`", (ROOT / page).read_text(encoding="utf-8")):
+        assert f"\ndef {test}(" in (ROOT / "tests" / file).read_text(encoding="utf-8")
+
+
 def test_every_page_is_in_the_navigation_once():
     navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:\n")[2].partition("\n\n")[0]
     assert sorted(re.findall(r": (\S+\.md)$", navigation, re.MULTILINE)) == DOCS
