@@ -33,12 +33,35 @@ class Configurable:
         keras.saving.register_keras_serializable(package=package, name=cls.__name__)(cls)
 
     def get_config(self) -> dict[str, Any]:
-        """Returns the arguments that make an equal object, ready for JSON."""
+        """Returns the arguments that make an equal object, ready for JSON.
+
+        Raises:
+            TypeError: an argument is not kept as an attribute of its name.
+
+        Example:
+            >>> import tapekit as tk
+            >>> tk.callbacks.ClipGradients(norm=2.0).get_config()
+            {'value': None, 'norm': 2.0, 'global_norm': None, 'log': 'unclipped_norm'}
+        """
         return {name: _serialize(value) for name, value in self._arguments().items()}
 
     @classmethod
     def from_config(cls: type[T], config: dict[str, Any]) -> T:
-        """Returns the object that `config`, a result of `get_config`, describes."""
+        """Returns the object that a configuration describes.
+
+        Args:
+            config: a result of `get_config`, or what JSON has made of it.
+
+        Raises:
+            TypeError: `config` has other names than the class has arguments, or a value of the wrong kind.
+            ValueError: a value is wrong.
+
+        Example:
+            >>> import tapekit as tk
+            >>> clip = tk.callbacks.ClipGradients(norm=2.0)
+            >>> tk.callbacks.ClipGradients.from_config(clip.get_config()) == clip
+            True
+        """
         return cls(**{name: _deserialize(value) for name, value in config.items()})
 
     def _arguments(self) -> dict[str, Any]:

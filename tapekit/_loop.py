@@ -296,16 +296,16 @@ class OptimizationLoop(Hooks, Configurable):
             model: a `keras.Model`.
             x: inputs: arrays, tensors or pandas objects of shape (samples, ...), dicts or lists of them, a
                 `tf.data.Dataset`, a `keras.utils.PyDataset` or a generator of batches.
-            y: targets, if `x` does not bring them.
+            y: targets of shape (samples, ...), or dicts or lists of them, if `x` does not bring them.
             batch_size: samples a batch; 32 if it is `None`.
             epochs: the number of the last epoch.
             verbose: 0 for silence, 1 for a progress bar, 2 for a line an epoch, "auto" for 1.
             callbacks: callbacks for this run, called after those of the loop.
             validation_split: the share of the samples at the end that is used for validation.
-            validation_data: `(x, y)`, `(x, y, sample_weight)` or a dataset, evaluated after epochs.
+            validation_data: `(x, y)`, `(x, y, sample_weight)` or a dataset, evaluated after epochs; not shuffled.
             shuffle: whether arrays are shuffled before each epoch; "batch" does so within batches.
-            class_weight: a dict of the weights of classes in the loss.
-            sample_weight: the weight of each sample in the loss.
+            class_weight: a dict of the weights of classes in the loss, by their integers.
+            sample_weight: the weight of each sample in the loss, of shape (samples,), or one for each output.
             initial_epoch: how many epochs came before.
             steps_per_epoch: batches an epoch; `None` for a whole pass over the data.
             validation_steps: batches a validation; `None` for all.

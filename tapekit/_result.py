@@ -200,6 +200,15 @@ class OptimizationResult:
         Raises:
             OSError: the file cannot be read.
             ValueError: the file is not one that `save` has written.
+
+        Example:
+            >>> import numpy as np, tapekit as tk, tempfile, tensorflow as tf
+            >>> x = tf.Variable(0.0)
+            >>> result = tk.OptimizationLoop("sgd", max_iterations=2).minimize(lambda: (x - 4.0) ** 2, [x])
+            >>> path = tempfile.mkdtemp() + "/run.npz"
+            >>> result.save(path)
+            >>> np.array_equal(tk.OptimizationResult.load(path).history["loss"], result.history["loss"])
+            True
         """
         fields: dict[str, Any] = _exchange.read(path)
         return cls(**{**fields, "reason": StopReason[fields["reason"]]})

@@ -276,10 +276,11 @@ class Run:
 
     def _roll_back(self, policy: Rollback, best: float, chunk: Advance) -> None:
         self._rollbacks += 1
+        rate = self._driver.body.updater.learning_rate
+        smaller = rate * policy.factor  # of the present one, since that of the best may have failed before
         for variable, value in self._driver.body.best:
             variable.assign(value)
-        rate = self._driver.body.updater.learning_rate
-        rate.assign(rate * policy.factor)
+        rate.assign(smaller)
         logger.warning(
             "step %d was not finite (%s): rolled back to the best loss %.6g, learning rate now %.3g (%d of %d times).",
             *(self.step, self._last_words(), best, float(rate), self._rollbacks, policy.times),

@@ -170,6 +170,17 @@ class PersistentTape:
         Args:
             tensor: a tensor, `tf.Variable` or `keras.Variable` of float or complex dtype, or a nested
                 structure of them.
+
+        Raises:
+            TypeError: `tensor` holds something else.
+
+        Example:
+            >>> import tapekit as tk, tensorflow as tf
+            >>> x = tf.constant(3.0)
+            >>> with tk.PersistentTape() as tape:
+            ...     tape.watch(x)
+            ...     print(float(tape.gradient(x**2, x)))
+            6.0
         """
         tape = self._open()
         natives("`tensor`", tensor)
@@ -178,11 +189,32 @@ class PersistentTape:
         self._watched += watched
 
     def watched_variables(self) -> tuple[tf.Variable, ...]:
-        """Returns the variables that are watched, in the order in which they were made."""
+        """Returns the variables that are watched, in the order in which they were made.
+
+        Example:
+            >>> import tapekit as tk, tensorflow as tf
+            >>> x, y = tf.Variable(1.0, name="x"), tf.Variable(2.0, name="y")
+            >>> with tk.PersistentTape() as tape:
+            ...     z = x * 2.0
+            ...     print([variable.name for variable in tape.watched_variables()])
+            ['x:0']
+        """
         return self._open().watched_variables()
 
     def intermediate(self, name: str, value: Any) -> Any:
-        """Names a value and returns it unchanged; see `tapekit.intermediate`."""
+        """Names a value and returns it unchanged, so that `gradients` takes the gradient with respect to it.
+
+        Args:
+            name: the name, given once on a tape.
+            value: a tensor of any shape and float or complex dtype, or a nested structure of them.
+
+        Returns:
+            `value`.
+
+        Raises:
+            TypeError: `name` is not a string or `value` holds something else than tensors.
+            ValueError: the name has been given already, or it is given inside a `tf.function`, branch or loop.
+        """
         self._open()
         self._intermediates.add(name, value)
         return value
@@ -211,6 +243,16 @@ class PersistentTape:
         Raises:
             TypeError: `target` or `sources` holds something else than tensors and variables.
             ValueError: `target` is empty; or a gradient does not exist and `unconnected="raise"`.
+
+        Example:
+            >>> import tapekit as tk, tensorflow as tf
+            >>> x, y = tf.Variable(3.0, name="x"), tf.Variable(2.0, name="y")
+            >>> with tk.PersistentTape() as tape:
+            ...     z = x**2
+            ...     dx, dy = tape.gradient(z, [x, y])
+            ...     twice = tape.gradient(z, x, output_gradients=tf.constant(2.0))
+            >>> float(dx), dy, float(twice)
+            (6.0, None, 12.0)
         """
         if not isinstance(target, NATIVE):
             if not tf.nest.flatten(target):
@@ -281,6 +323,17 @@ class PersistentTape:
             unconnected_gradients: see `gradient`.
             parallel_iterations: how many iterations may run in parallel, at a cost in memory.
             experimental_use_pfor: whether to vectorize the computation.
+
+        Raises:
+            TypeError: `target` is not a tensor, or `sources` holds something else than tensors and variables.
+
+        Example:
+            >>> import tapekit as tk, tensorflow as tf
+            >>> x = tf.Variable([1.0, 2.0])
+            >>> with tk.PersistentTape() as tape:
+            ...     jacobian = tape.jacobian(tf.stack([x[0] * x[1], x[0] ** 2]), x)
+            >>> jacobian.numpy().tolist()
+            [[2.0, 1.0], [2.0, 0.0]]
         """
         target, sources = single("target", target), natives("`sources`", sources)
         options = unconnected_gradients, parallel_iterations, experimental_use_pfor
@@ -303,6 +356,19 @@ class PersistentTape:
             unconnected_gradients: see `gradient`.
             parallel_iterations: see `jacobian`.
             experimental_use_pfor: see `jacobian`.
+
+        Raises:
+            TypeError: `target` or `source` is not a tensor.
+            ValueError: `target` or `source` is a scalar.
+
+        Example:
+            >>> import tapekit as tk, tensorflow as tf
+            >>> x = tf.constant([[1.0, 2.0], [3.0, 4.0]])
+            >>> with tk.PersistentTape() as tape:
+            ...     tape.watch(x)
+            ...     rows = tape.batch_jacobian(x**2, x)
+            >>> rows.numpy().tolist()
+            [[[2.0, 0.0], [0.0, 4.0]], [[6.0, 0.0], [0.0, 8.0]]]
         """
         target, source = single("target", target), single("source", source)
         if 0 in (target.shape.rank, source.shape.rank):
@@ -386,11 +452,31 @@ class PersistentTape:
                 tape._recording = True
 
     def stop_recording(self) -> contextlib.AbstractContextManager[None]:
-        """Returns a context in which nothing is recorded."""
+        """Returns a context in which nothing is recorded.
+
+        Example:
+            >>> import tapekit as tk, tensorflow as tf
+            >>> x = tf.Variable(3.0)
+            >>> with tk.PersistentTape() as tape:
+            ...     with tape.stop_recording():
+            ...         size = tf.abs(x)
+            ...     print(tape.gradient(size, x), float(tape.gradient(x**2 / size, x)))
+            None 2.0
+        """
         return self._open().stop_recording()
 
     def reset(self) -> None:
-        """Forgets everything that has been recorded and named so far."""
+        """Forgets everything that has been recorded and named so far, and goes on recording.
+
+        Example:
+            >>> import tapekit as tk, tensorflow as tf
+            >>> x = tf.Variable(3.0)
+            >>> with tk.PersistentTape() as tape:
+            ...     before = x**2
+            ...     tape.reset()
+            ...     print(tape.gradient(before, x), float(tape.gradient(x**3, x)))
+            None 27.0
+        """
         self._open().reset()
         self._intermediates.values.clear()
         self._watched.clear()

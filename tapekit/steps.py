@@ -38,6 +38,15 @@ class Problem:
 
     A strategy receives one in `Step.take`; it is not made by hand.
 
+    Args:
+        objective: what is minimized.
+        updater: talks to the optimizer.
+        variables: the variables to minimize over.
+        hooks: the `on_gradient` hooks, in their order.
+        allow_unused: whether to let variables pass on which the loss does not depend.
+        taken_names: names in the logs that the objective must not use.
+        guard: whether an update is made that is not finite.
+
     Attributes:
         variables: the variables of this step, `tf.Variable` or `keras.Variable`.
         gradients: the gradients that this step used, as they were before any `on_gradient` hook;
@@ -86,10 +95,31 @@ class Problem:
         self._guard = guard
 
     def evaluate(self) -> dict[str, tf.Tensor]:
-        """Evaluates the objective.
+        """Evaluates the objective at the present variables; every call counts as an evaluation.
 
         Returns:
             The logs: `"loss"`, a scalar tensor, and what the objective returns beside it.
+
+        Raises:
+            ValueError: the objective gives a value a name that a measure or criterion has.
+
+        Example:
+            A step that is taken back if the loss has grown:
+
+            >>> import tapekit as tk, tensorflow as tf
+            >>> class Cautious(tk.Step):
+            ...     def take(self, problem):
+            ...         logs, gradients = problem.loss_and_gradients()
+            ...         before = [tf.identity(variable) for variable in problem.variables]
+            ...         problem.apply(gradients)
+            ...         worse = problem.evaluate()["loss"] > logs["loss"]
+            ...         for variable, value in zip(problem.variables, before):
+            ...             variable.assign(tf.where(worse, value, variable))
+            ...         return logs
+            >>> x = tf.Variable(0.0)
+            >>> loop = tk.OptimizationLoop("sgd", step=Cautious(), max_iterations=10)
+            >>> loop.minimize(lambda: (x - 4.0) ** 2, [x]).evaluations
+            21
         """
         loss, extras = self._objective()
         clashing = [name for name in extras if name in self._taken_names]
@@ -150,11 +180,27 @@ class Problem:
                 `self.variables`.
 
         Returns:
-            The gradients to apply.
+            The gradients to apply. Make the update by `update`, which leaves it out if they are not finite.
 
         Raises:
             TypeError: a hook returned something else than a list or a dict of gradients.
             ValueError: a hook returned gradients of another number, name, shape or dtype.
+
+        Example:
+            >>> import tapekit as tk, tensorflow as tf
+            >>> class Descent(tk.Step):
+            ...     def take(self, problem):
+            ...         logs, gradients = problem.loss_and_gradients()
+            ...         gradients = problem.transform(gradients)
+            ...         def move():
+            ...             for variable, gradient in zip(problem.variables, gradients):
+            ...                 variable.assign_sub(0.25 * gradient)
+            ...         problem.update(move, gradients, problem.variables)
+            ...         return logs
+            >>> x = tf.Variable(0.0)
+            >>> loop = tk.OptimizationLoop("sgd", step=Descent(), max_iterations=10)
+            >>> print(loop.minimize(lambda: (x - 4.0) ** 2, [x]).x.round(2))
+            [4.]
         """
         variables = self.variables if variables is None else variables
         true = _after_checks(gradients)
@@ -180,7 +226,11 @@ class Problem:
         """Passes the gradients through the `on_gradient` hooks and gives them to the optimizer.
 
         Args:
-            gradients: one gradient of the unscaled loss for each of `variables`.
+            gradients: one gradient of the unscaled loss for each of `variables`, of its shape and dtype.
+
+        Raises:
+            TypeError: see `transform`.
+            ValueError: see `transform`.
         """
         native = self._updater.native(self.variables)
         self._updater.build(native)
@@ -192,6 +242,16 @@ class Problem:
 
         Returns:
             The logs as in `evaluate`.
+
+        Raises:
+            TypeError: the optimizer's `minimize` does not call its `apply_gradients`.
+            ValueError: the loss does not depend on one of the variables.
+
+        Example:
+            >>> import tapekit as tk
+            >>> class ByMinimize(tk.Step):
+            ...     def take(self, problem):
+            ...         return problem.minimize()
         """
         logs: dict[str, tf.Tensor] = {}
 
@@ -212,9 +272,9 @@ class Problem:
         """Calls `function`, which applies the gradients, unless the loss or one of them is not finite.
 
         Args:
-            function: makes the update.
+            function: makes the update; called without arguments, inside a branch of the graph.
             gradients: what it applies, as they are after the hooks.
-            variables: what it updates.
+            variables: what it updates, in the order of the gradients.
         """
         if self._guard is Guard.ALWAYS:
             function()
@@ -341,7 +401,29 @@ class Step(Configurable):
         of variables and one objective.
 
         Args:
-            variables: the variables that are minimized over.
+            variables: the variables that are minimized over, `tf.Variable` or `keras.Variable`.
+
+        Example:
+            Gradient descent with momentum (Polyak, "Some methods of speeding up the convergence of iteration
+            methods", 1964):
+
+            >>> import tapekit as tk, tensorflow as tf
+            >>> class HeavyBall(tk.Step):
+            ...     def build(self, variables):
+            ...         self.velocities = [tf.Variable(tf.zeros(v.shape, v.dtype)) for v in variables]
+            ...     def reset(self):
+            ...         for velocity in self.velocities:
+            ...             velocity.assign(tf.zeros_like(velocity))
+            ...     def take(self, problem):
+            ...         logs, gradients = problem.loss_and_gradients()
+            ...         for velocity, gradient in zip(self.velocities, gradients):
+            ...             velocity.assign(0.9 * velocity + gradient)
+            ...         problem.apply([tf.identity(velocity) for velocity in self.velocities])
+            ...         return logs
+            >>> x = tf.Variable(0.0)
+            >>> loop = tk.OptimizationLoop("sgd", step=HeavyBall(), max_iterations=200)
+            >>> print(loop.minimize(lambda: (x - 4.0) ** 2, [x]).x.round(2))
+            [4.]
         """
 
     def reset(self) -> None:

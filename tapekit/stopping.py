@@ -108,30 +108,86 @@ class Criterion(Configurable):
     reason: StopReason = StopReason.CONVERGED
 
     def init(self) -> Any:
-        """Returns the state before the first step: a structure of Python or NumPy numbers."""
+        """Returns the state before the first step: a structure of Python or NumPy numbers.
+
+        Their dtypes are those that the state has in `update`: float64, int64 and bool.
+
+        Example:
+            >>> import tapekit as tk
+            >>> tk.stopping.LossPlateau(patience=5).init()
+            {'best': inf, 'wait': 0}
+        """
         return ()
 
     def update(self, state: Any, logs: Logs) -> tuple[Any, Any]:
-        """Returns the state after a step and a scalar bool tensor: whether to stop at it."""
+        """Returns the state after a step and a scalar bool tensor: whether to stop at it.
+
+        It is traced once and runs inside the compiled step; it writes no attribute.
+
+        Args:
+            state: what `init` or the step before has returned, as scalar tensors.
+            logs: what is known of the step, scalar tensors by name; see `needs`.
+
+        Example:
+            >>> import tapekit as tk
+            >>> rule = tk.stopping.LossBelow(0.1)
+            >>> state, stop = rule.update(rule.init(), {"step": 1, "loss": 0.05})
+            >>> stop
+            True
+        """
         raise NotImplementedError
 
     def message(self, state: Any, logs: Logs) -> str:
-        """Returns why the run stopped, from the final state and logs as Python numbers.
+        """Returns why the run stopped: a sentence with the value and the threshold.
 
-        The logs are those that are recorded; what `update` needs beyond these, it keeps in the state.
+        Args:
+            state: the state after the last step, as Python numbers.
+            logs: the step, the evaluations and what is recorded of the last step, as Python numbers. What `update`
+                needs beyond these, it keeps in the state.
+
+        Example:
+            >>> import tapekit as tk
+            >>> tk.stopping.LossBelow(0.1).message((), {"step": 7, "loss": 0.05})
+            'the loss 0.05 at step 7 is at most 0.1'
         """
         return f"its rule was met at step {logs['step']}"
 
     def explain(self, state: Any, logs: Logs) -> tuple[StopReason, str]:
-        """Returns the reason and the sentence of the part that fired."""
+        """Returns the `StopReason` and the sentence of the part that fired; combinations choose among theirs.
+
+        Args:
+            state: see `message`.
+            logs: see `message`.
+
+        Example:
+            >>> import tapekit as tk
+            >>> tk.stopping.MaxIterations(7).explain((), {"step": 7})
+            (<StopReason.LIMIT: 'a limit was reached'>, 'MaxIterations: step 7 reached the limit of 7')
+        """
         return self.reason, f"{type(self).__name__}: {self.message(state, logs)}"
 
     def status(self, state: Any, logs: Logs) -> list[Status]:
-        """Returns how far each of its parts is from being met, from the state and logs as Python numbers."""
+        """Returns how far each of its parts is from being met, a `Status` each; none where that is not known.
+
+        Args:
+            state: see `message`.
+            logs: see `message`.
+
+        Example:
+            >>> import tapekit as tk
+            >>> tk.stopping.LossBelow(0.1).status((), {"step": 7, "loss": 0.4})[0].share
+            0.25
+        """
         return []
 
     def parts(self) -> tuple[Criterion, ...]:
-        """Returns the elementary criteria that this one is made of."""
+        """Returns the elementary criteria that this one is made of.
+
+        Example:
+            >>> import tapekit as tk
+            >>> (tk.stopping.LossBelow(0.1).for_steps(3) | tk.stopping.MaxIterations(9)).parts()
+            (LossBelow(value=0.1), MaxIterations(n=9))
+        """
         return (self,)
 
     def _status(self, quantity: str, value: Any, threshold: float, rising: bool = False) -> list[Status]:
@@ -144,11 +200,37 @@ class Criterion(Configurable):
         return AllOf((*_same(self, AllOf), *_same(other, AllOf)))
 
     def for_steps(self, n: int) -> ForSteps:
-        """Returns a criterion that stops when this one has held for `n` consecutive steps."""
+        """Returns a criterion that stops when this one has held for `n` consecutive steps; see `ForSteps`.
+
+        Args:
+            n: the number of steps, at least 1.
+
+        Raises:
+            TypeError: `n` is not an integer.
+            ValueError: `n` is below 1.
+
+        Example:
+            >>> import tapekit as tk
+            >>> tk.stopping.LossBelow(0.1).for_steps(3)
+            ForSteps(criterion=LossBelow(value=0.1), n=3)
+        """
         return ForSteps(self, n)
 
     def after(self, n: int) -> After:
-        """Returns this criterion, disregarded before step `n`."""
+        """Returns this criterion, disregarded before step `n`; see `After`.
+
+        Args:
+            n: the first step at which it may stop the run, at least 1.
+
+        Raises:
+            TypeError: `n` is not an integer.
+            ValueError: `n` is below 1.
+
+        Example:
+            >>> import tapekit as tk
+            >>> tk.stopping.LossPlateau(10).after(100)
+            After(criterion=LossPlateau(patience=10, min_delta=0.0), n=100)
+        """
         return After(self, n)
 
 
@@ -301,7 +383,9 @@ class LossBelow(Criterion):
 class LossChangeBelow(Criterion):
     """Stops when the loss hardly changes: abs(f_t - f_(t-1)) <= atol + rtol * abs(f_t).
 
-    Right for negative losses too, since the threshold scales with the absolute loss. Not before step 2.
+    Right for negative losses too, since the threshold scales with the absolute loss. Not before step 2. With
+    atol = rtol it is the first of the rules of Gill, Murray and Wright, "Practical Optimization", 1981, section 8.2.3;
+    `VariablesChangeBelow` and `GradientNormBelow` are like the second and the third.
 
     Args:
         atol: absolute tolerance, in units of the loss, at least 0.
@@ -353,7 +437,7 @@ class GradientNormBelow(Criterion):
 
     Args:
         tol: the threshold, in units of loss per unit of variable, at least 0.
-        ord: 2, the root of the sum of squares, or `math.inf`, the largest absolute entry.
+        ord: 2, the root of the sum of squares, or `math.inf`, the largest absolute entry, as in SciPy's BFGS.
 
     Raises:
         TypeError: `tol` is not a number.
@@ -449,6 +533,8 @@ class VariablesChangeBelow(Criterion):
 @dataclasses.dataclass(frozen=True, eq=False)
 class LossPlateau(Criterion):
     """Stops when the loss has had no new best by more than `min_delta` for `patience` steps.
+
+    That is the rule of `keras.callbacks.EarlyStopping`, for steps rather than epochs.
 
     Args:
         patience: the number of steps without a new best, at least 1.

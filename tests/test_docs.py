@@ -3,6 +3,7 @@
 import configparser
 import contextlib
 import doctest
+import enum
 import importlib
 import inspect
 import io
@@ -13,13 +14,15 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 REFERENCE = (ROOT / "docs" / "reference.md").read_text(encoding="utf-8")
-PAGES = ["README.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
+DOCS = sorted(path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md"))
+PAGES = ["README.md", *(f"docs/{page}" for page in DOCS)]
 PUBLIC = {
     f"{module}.{name}": getattr(importlib.import_module(module), name)
     for module in ("tapekit", "tapekit.steps", "tapekit.stopping", "tapekit.callbacks", "tapekit.plots")
     for name in importlib.import_module(module).__all__
 }
 ENTRIES = re.findall(r"^::: (\S+)$", REFERENCE, re.MULTILINE)
+ENTRIES_WITH_METHODS = re.findall(r"^::: (\S+)\n(?! +options:\n +members: false)", REFERENCE, re.MULTILINE)
 CLASSES_AND_FUNCTIONS = [path for path, thing in PUBLIC.items() if inspect.isclass(thing) or inspect.isroutine(thing)]
 
 
@@ -44,6 +47,95 @@ def test_public_name_has_a_docstring_with_a_runnable_example(path):
     example = re.search(r"^Example:\n((?: {4}.*\n?|\n)+)", rest, re.MULTILINE)
     assert example
     assert doctest.DocTestParser().get_examples(example[1])
+
+
+def text_of(thing):
+    return inspect.cleandoc((vars(thing).get("__doc__") if inspect.isclass(thing) else thing.__doc__) or "")
+
+
+def section(name, docstring):
+    found = re.search(rf"^{name}:\n((?: {{4}}.*(?:\n|$)|\n)+)", docstring, re.MULTILINE)
+    return found[1] if found else ""
+
+
+def named_arguments(docstring):
+    return set(re.findall(r"^ {4}\*{0,2}(\w+): ", section("Args", docstring) + section("Attributes", docstring), re.M))
+
+
+def arguments(thing):
+    """The arguments of a function, or of what makes an instance of a class."""
+    makers = [thing.__init__, thing.__new__] if inspect.isclass(thing) else [thing]
+    function = next(filter(inspect.isfunction, makers), None)
+    if function is None or (inspect.isclass(thing) and issubclass(thing, enum.Enum)):
+        return []
+    parameters = inspect.signature(function).parameters.values()
+    named = [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    return [name for name in named if name not in ("self", "cls", "_cls")]
+
+
+def methods():
+    """The public methods of the public classes that are tapekit's own, each with those that it overrides."""
+    for path in CLASSES_AND_FUNCTIONS:
+        own = [base for base in getattr(PUBLIC[path], "__mro__", ()) if base.__module__.startswith("tapekit")]
+        for name in sorted({name for base in own for name in vars(base) if not name.startswith("_")}):
+            members = [vars(base)[name] for base in PUBLIC[path].__mro__ if name in vars(base)]
+            functions = [getattr(member, "__func__", getattr(member, "fget", member)) for member in members]
+            if inspect.isfunction(functions[0]):
+                yield path, name, [function for function in functions if inspect.isfunction(function)]
+
+
+METHODS = [pytest.param(*found[1:], id=".".join(found[:2])) for found in methods()]
+FOR_EXAMPLES = [
+    pytest.param(path, name, id=f"{path}.{name}")
+    for path, name, _ in methods()
+    if path in ENTRIES_WITH_METHODS
+    and not isinstance(inspect.getattr_static(PUBLIC[path], name), property)
+    and not name.startswith(("on_", "set_model"))  # which others call
+]
+
+
+@pytest.mark.parametrize("path", CLASSES_AND_FUNCTIONS)
+def test_every_argument_of_a_public_name_is_described(path):
+    assert set(arguments(PUBLIC[path])) <= named_arguments(text_of(PUBLIC[path]))
+
+
+@pytest.mark.parametrize(("name", "functions"), METHODS)
+def test_every_public_method_is_described_with_its_arguments(name, functions):
+    docstrings = [text_of(function) for function in functions if text_of(function)]
+    assert docstrings
+    assert all(docstring.partition("\n")[0].endswith(".") for docstring in docstrings)
+    assert set(arguments(functions[0])) <= set().union(*map(named_arguments, docstrings))
+
+
+@pytest.mark.parametrize(("path", "name"), FOR_EXAMPLES)
+def test_every_method_in_the_reference_is_in_an_example(path, name):
+    own = [base for base in PUBLIC[path].__mro__ if base.__module__.startswith("tapekit")]
+    members = [getattr(member, "__func__", member) for base in own for member in vars(base).values()]
+    texts = [text_of(thing) for thing in (*own, *filter(inspect.isfunction, members))]
+    code = "".join(example.source for text in texts for example in doctest.DocTestParser().get_examples(text))
+    assert re.search(rf"\b{name}\(", code)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_test_that_a_page_names_exists(page):
+    for file, test in re.findall(r"`(\w+\.py)::(\w+)`", (ROOT / page).read_text(encoding="utf-8")):
+        assert f"\ndef {test}(" in (ROOT / "tests" / file).read_text(encoding="utf-8")
+
+
+def test_every_page_is_in_the_navigation_once():
+    navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:\n")[2].partition("\n\n")[0]
+    assert sorted(re.findall(r": (\S+\.md)$", navigation, re.MULTILINE)) == DOCS
+
+
+def test_every_example_is_in_the_gallery_with_its_picture():
+    gallery = (ROOT / "docs" / "gallery.md").read_text(encoding="utf-8")
+    sections = dict(zip(*[iter(re.split(r"^## (\w+)\n", gallery, flags=re.MULTILINE)[1:])] * 2, strict=True))
+    pictures = {path.stem for path in (ROOT / "docs" / "images").glob("*.png")}
+    examples = sorted(path.stem for path in (ROOT / "examples").glob("*.py"))
+    assert sorted(sections) == examples
+    for name in examples:
+        assert f"](../examples/{name}.py)" in sections[name]
+        assert (f"](images/{name}.png)" in sections[name]) == (name in pictures)
 
 
 def blocks(page):

@@ -136,6 +136,18 @@ def test_rollback_goes_back_to_the_best_with_a_smaller_rate_a_few_times(driver, 
 
 
 @pytest.mark.parametrize("driver", DRIVERS)
+def test_rollback_to_the_same_best_again_has_a_smaller_rate_each_time(driver):
+    x = tf.Variable(3.0)
+    loop = tk.OptimizationLoop(
+        keras.optimizers.SGD(10.0), max_iterations=100, on_nonfinite=tk.Rollback(factor=0.1), **DRIVERS[driver]
+    )
+    result = loop.minimize(lambda: x**4, [x])
+    assert (result.reason, result.history["nonfinite"][-1]) == (tk.StopReason.LIMIT, 3)
+    np.testing.assert_allclose(np.unique(result.history["learning_rate"]), [0.01, 0.1, 1.0, 10.0], rtol=1e-6)
+    assert result.loss < 1.0
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
 def test_the_best_variables_are_kept_and_restored(driver):
     x = tf.Variable([3.0, -4.0], dtype=tf.float64)
 

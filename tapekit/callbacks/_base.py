@@ -64,6 +64,18 @@ class Hooks:
             step: the number of the update, from 1.
             logs: the loss before the update, what the objective returned beside it, the measures, and
                 what criteria need; Python numbers for scalars, NumPy arrays for the rest.
+
+        Example:
+            >>> import tapekit as tk, tensorflow as tf
+            >>> class Show(tk.Callback):
+            ...     every = 50
+            ...     def on_step(self, step, logs):
+            ...         print(f"{step} {logs['loss']:.3f} {float(x):.3f}")
+            >>> x = tf.Variable(0.0)
+            >>> loop = tk.OptimizationLoop("sgd", max_iterations=100)
+            >>> result = loop.minimize(lambda: (x - 4.0) ** 2, [x], callbacks=[Show()])
+            50 2.209 2.543
+            100 0.293 3.470
         """
 
     def on_gradient(self, gradients: list[Any], variables: list[Any]) -> Sequence[Any] | None:
@@ -82,6 +94,18 @@ class Hooks:
         Returns:
             The gradients to apply instead: a list, as many and of the same shapes and dtypes; a dict of
             some of them by the name of their variable; or `None`.
+
+        Example:
+            >>> import tapekit as tk, tensorflow as tf
+            >>> class Sign(tk.Callback):
+            ...     def on_gradient(self, gradients, variables):
+            ...         self.record("size", tf.norm(gradients[0]))
+            ...         return [tf.sign(gradient) for gradient in gradients]
+            >>> x = tf.Variable([0.0, 8.0])
+            >>> loop = tk.OptimizationLoop("sgd", max_iterations=100, callbacks=[Sign()])
+            >>> result = loop.minimize(lambda: tf.reduce_sum((x - 4.0) ** 2), [x])
+            >>> x.numpy().round(2), result.history["size"][:2].round(2)
+            (array([1., 7.], dtype=float32), array([11.31, 11.29], dtype=float32))
         """
 
     def record(self, name: str, value: Any) -> None:
@@ -95,6 +119,16 @@ class Hooks:
             TypeError: `name` is not a string.
             RuntimeError: it is called outside of `on_gradient`.
             ValueError: the name is taken.
+
+        Example:
+            >>> import tapekit as tk, tensorflow as tf
+            >>> class Largest(tk.Callback):
+            ...     def on_gradient(self, gradients, variables):
+            ...         self.record("largest", tf.reduce_max(tf.abs(gradients[0])))
+            >>> x = tf.Variable([0.0, 3.0])
+            >>> loop = tk.OptimizationLoop("sgd", max_iterations=2, callbacks=[Largest()])
+            >>> loop.minimize(lambda: tf.reduce_sum((x - 4.0) ** 2), [x]).history["largest"].round(2)
+            array([8.  , 7.84], dtype=float32)
         """
         records = _recording.get()
         if records is None:
@@ -106,22 +140,51 @@ class Hooks:
         records[name] = value
 
     def on_train_begin(self, logs: Any = None) -> None:
-        """Called before the first step."""
+        """Called before the first step.
+
+        Args:
+            logs: an empty dict, as Keras gives it; may be `None`.
+        """
 
     def on_train_end(self, logs: Any = None) -> None:
-        """Called after the last step, whichever way the run ended."""
+        """Called after the last step, whichever way the run ended.
+
+        Args:
+            logs: those of the last epoch, as Keras gives them; may be empty or `None`.
+        """
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
-        """Called before the first step of an epoch, which has `steps_per_epoch` steps."""
+        """Called before the first step of an epoch, which has `steps_per_epoch` steps.
+
+        Args:
+            epoch: the number of the epoch, from 0, as in Keras.
+            logs: an empty dict, as Keras gives it; may be `None`.
+        """
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        """Called after an epoch with the scalar logs of its last step."""
+        """Called after an epoch with the scalar logs of its last step.
+
+        Args:
+            epoch: the number of the epoch, from 0.
+            logs: a dict of Python numbers by name; in `fit` those of Keras, with the metrics of the epoch and those
+                of the validation.
+        """
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
-        """Called before every step; `batch` counts from 0 in each epoch."""
+        """Called before every step; it takes the host there, as it does in Keras.
+
+        Args:
+            batch: the number of the step in its epoch, from 0.
+            logs: an empty dict, as Keras gives it; may be `None`.
+        """
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-        """Called after every step with its scalar logs; `batch` counts from 0 in each epoch."""
+        """Called after every step with its scalar logs; it takes the host there, as it does in Keras.
+
+        Args:
+            batch: the number of the step in its epoch, from 0.
+            logs: a dict of Python numbers by name; in `fit` those of Keras, which are about the epoch so far.
+        """
 
 
 class Callback(Configurable, keras.callbacks.Callback):
@@ -159,7 +222,11 @@ class Callback(Configurable, keras.callbacks.Callback):
     record = Hooks.record
 
     def set_model(self, model: Any) -> None:
-        """Takes the model; called by Keras, where it makes the hooks known to `keras.Model.fit`."""
+        """Takes the model; called by Keras, where it makes the hooks known to `keras.Model.fit`.
+
+        Args:
+            model: the model that is trained; in `minimize` one that owns the variables and the optimizer.
+        """
         super().set_model(model)
         for join in joining:
             join(self)

@@ -75,7 +75,11 @@ class JSONLinesLogger(Callback):
         return {"size": None if self._file is None else os.fstat(self._file).st_size}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Cuts the file off where a run that goes on was saved."""
+        """Cuts the file off where a run that goes on was saved.
+
+        Args:
+            state: a result of `get_state`.
+        """
         if self._file is not None and state["size"] is not None:
             os.ftruncate(self._file, state["size"])
             os.lseek(self._file, 0, os.SEEK_END)
