@@ -52,12 +52,20 @@ class AtSteps(Callback):
         self.replayable = type(callback) in _READ_LOGS_ALONE
 
     def set_model(self, model: Any) -> None:
-        """Hands on the model."""
+        """Hands on the model.
+
+        Args:
+            model: the model, or what owns the variables.
+        """
         super().set_model(model)
         self.callback.set_model(model)
 
     def set_params(self, params: Any) -> None:
-        """Hands on the parameters of the run."""
+        """Hands on the parameters of the run.
+
+        Args:
+            params: `"epochs"`, `"steps"` and `"verbose"`.
+        """
         super().set_params(params)
         self.callback.set_params(params)
 
