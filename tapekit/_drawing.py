@@ -104,7 +104,7 @@ def draw_comparison(results: Mapping[str, Any], name: str, ax: Any) -> Any:
     return axis
 
 
-def draw_trajectory(result: Any, name: Any, function: Callable[..., Any] | None, ax: Any) -> Any:
+def draw_trajectory(result: Any, name: Any, function: Any, ax: Any, label: str | None = None) -> Any:
     """Draws the way of the variables in a plane; see `OptimizationResult.plot_trajectory`."""
     path, labels = _path(result.history, name)
     finite = np.isfinite(path).all(axis=1)
@@ -119,11 +119,13 @@ def draw_trajectory(result: Any, name: Any, function: Callable[..., Any] | None,
     low, high = flat.min(axis=0), flat.max(axis=0)
     margin = 0.15 * np.maximum(high - low, 1e-9 + 0.15 * (high - low).max())
     low, high = low - margin, high + margin
+    if not axis.get_autoscale_on():  # the caller has said what is to be seen
+        low, high = np.transpose([axis.get_xlim(), axis.get_ylim()])
     if function is not None:
         _contours(axis, function, low, high, centre, plane)
     points = _points_of_path(flat, (high - low) / _COLUMNS)
     marker = "." if len(points) <= _MARKERS else None
-    (line,) = axis.plot(*points.T, marker=marker, label=f"{result.steps} steps")
+    (line,) = axis.plot(*points.T, marker=marker, label=label or f"{result.steps} steps")
     axis.plot(*flat[0], marker="o", color=line.get_color(), markerfacecolor="none", linestyle="none")
     axis.plot(*flat[-1], marker="*", markersize=12, color=line.get_color(), linestyle="none")
     axis.set_xlabel(labels[0])

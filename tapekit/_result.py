@@ -245,7 +245,13 @@ class OptimizationResult:
         """
         return _drawing.draw_history(self, names, ax)
 
-    def plot_trajectory(self, name: Any = None, function: Callable[..., Any] | None = None, ax: Any = None) -> Any:
+    def plot_trajectory(
+        self,
+        name: Any = None,
+        function: Callable[..., Any] | None = None,
+        ax: Any = None,
+        label: str | None = None,
+    ) -> Any:
         """Draws the way of the variables in a plane, from a circle to a star.
 
         What has more than two coordinates is projected to the plane of its two principal components.
@@ -256,7 +262,9 @@ class OptimizationResult:
                 begins with step 1.
             function: what to draw the levels of: it takes an array for each coordinate and returns one of the same
                 shape, as NumPy expressions do.
-            ax: a matplotlib `Axes` to draw in; `None` makes a figure by `matplotlib.pyplot`.
+            ax: a matplotlib `Axes` to draw in, with the levels of all that it shows if its limits have been set;
+                `None` makes a figure by `matplotlib.pyplot`.
+            label: what a legend calls the path; `None` is the number of steps.
 
         Returns:
             The `Axes`.
@@ -275,7 +283,7 @@ class OptimizationResult:
             >>> ax.get_xlabel(), ax.get_ylabel()
             ('x[0]', 'x[1]')
         """
-        return _drawing.draw_trajectory(self, name, function, ax)
+        return _drawing.draw_trajectory(self, name, function, ax, label)
 
     def to_dataframe(self) -> Any:
         """Returns the history as a `pandas.DataFrame` with one row a step, which its index `step` counts from 1.

@@ -101,6 +101,15 @@ PRINTED = {
         (r"^of the last epoch that is step \d+ of 34$", ()),
         (r"^on the 597 others: loss 0\.\d+, accuracy 9[6-9]\.\d %$", ()),
     ],
+    "trajectories": [
+        (r"^Rosenbrock\n +steps +loss +x +y +why it stopped$", ()),
+        (r"^SGD +5000 +\S+ +(\S+) +(\S+) +a limit was reached$", (0.9194, 0.8449)),
+        (r"^Adam +1[34]\d\d +\d\.\d+e-07 +(\S+) +(\S+) +a convergence criterion was met$", (0.999, 0.9981)),
+        (r"^Himmelblau\n +steps +loss +x +y +why it stopped$", ()),
+        (r"^SGD +1\d\d +\S+ +(\S+) +(\S+) +a convergence criterion was met$", (3.5844, -1.8481)),
+        (r"^Adagrad +\d\d +\S+ +(\S+) +(\S+) +a convergence criterion was met$", (3.0, 2.0)),
+        (r"^the picture is \S+trajectories\.png$", ()),
+    ],
     "grad_cam": [
         (r"^loss 0\.\d+; (?:8[5-9]|9\d)\.\d % of 1000 unseen digits are found$", ()),
         (r"^digits \[[\d ]{7}\]: mean heat on their ink 0\.[3-9]\d, on the other's 0\.[01]\d, on none 0\.[0-2]\d$", ()),

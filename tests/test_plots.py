@@ -184,6 +184,17 @@ def test_a_path_in_two_coordinates_is_drawn_over_the_levels_of_the_function(ax):
     assert levels.levels.max() == pytest.approx(np.sum(np.square([2.3, 1.15])), rel=1e-3)  # the far corner
 
 
+def test_levels_are_drawn_as_far_as_the_axes_show_and_paths_have_their_own_labels(ax):
+    ax.set(xlim=(-5.0, 5.0), ylim=(-3.0, 3.0))
+    for label, end in (("near", 1.0), ("far", 4.0)):
+        result = _result([2.0, 1.0], history={"x": np.array([[0.0, 0.0], [end, 1.0]])})
+        result.plot_trajectory("x", (lambda a, b: a**2 + b**2) if label == "near" else None, ax, label=label)
+    assert set(_lines(ax)) == {"near", "far"}
+    (levels,) = ax.collections
+    assert levels.levels.max() == pytest.approx(34.0)
+    assert (ax.get_xlim(), ax.get_ylim()) == ((-5.0, 5.0), (-3.0, 3.0))
+
+
 def test_a_path_of_two_scalars_may_be_named(ax):
     a, b = np.array([1.0, 2.0]), np.array([3.0, 5.0])
     _result([3.0, 2.0], history={"a": a, "b": b}).plot_trajectory(["a", "b"], ax=ax)
