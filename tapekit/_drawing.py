@@ -85,7 +85,8 @@ def draw_history(result: Any, names: Sequence[str] | None, ax: Any) -> Any:
             axis.legend()
         if place == 0:
             axis.set_title(textwrap.fill(result.message, 90), fontsize="medium")
-    _count_steps(axes[-1])
+    for axis in axes if ax is not None else axes[-1:]:
+        _count_steps(axis)
     return axes[0] if ax is not None and not isinstance(ax, (list, tuple, np.ndarray)) else axes
 
 

@@ -110,6 +110,12 @@ PRINTED = {
         (r"^Adagrad +\d\d +\S+ +(\S+) +(\S+) +a convergence criterion was met$", (3.0, 2.0)),
         (r"^the picture is \S+trajectories\.png$", ()),
     ],
+    "gan": [
+        (r"^ step +Gaussians of 8 +samples inside\n +0 +0 +0%$", ()),
+        (r"^ 4000 +[78] +[6-9]\d%\n 5000 +8 +[7-9]\d%$", ()),
+        (r"^5000 steps in \S+ s; the last of 25 epochs ended at step 5000$", ()),
+        (r"^the picture is \S+gan\.png$", ()),
+    ],
     "grad_cam": [
         (r"^loss 0\.\d+; (?:8[5-9]|9\d)\.\d % of 1000 unseen digits are found$", ()),
         (r"^digits \[[\d ]{7}\]: mean heat on their ink 0\.[3-9]\d, on the other's 0\.[01]\d, on none 0\.[0-2]\d$", ()),
