@@ -116,6 +116,13 @@ PRINTED = {
         (r"^5000 steps in \S+ s; the last of 25 epochs ended at step 5000$", ()),
         (r"^the picture is \S+gan\.png$", ()),
     ],
+    "curve_fitting": [
+        (r"^GradientNormBelow: the gradient norm \S+ \(ord=2\) at step \d+ is at most 1e-06$", ()),
+        (r"^b1 +(\S+) +(\S+) +(\S+) +(\S+)$", (238.94213, 238.94213, 2.7109, 2.707)),
+        (r"^b2 +(\S+) +(\S+) +(\S+) +(\S+)$", (5.5015643e-4, 5.5015643e-4, 7.2772e-06, 7.2669e-06)),
+        (r"^ S +(\S+) +(\S+)$", (0.12455139, 0.12455139)),
+        (r"^the picture is \S+curve_fitting\.png$", ()),
+    ],
     "grad_cam": [
         (r"^loss 0\.\d+; (?:8[5-9]|9\d)\.\d % of 1000 unseen digits are found$", ()),
         (r"^digits \[[\d ]{7}\]: mean heat on their ink 0\.[3-9]\d, on the other's 0\.[01]\d, on none 0\.[0-2]\d$", ()),
