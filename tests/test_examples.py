@@ -123,6 +123,12 @@ PRINTED = {
         (r"^ S +(\S+) +(\S+)$", (0.12455139, 0.12455139)),
         (r"^the picture is \S+curve_fitting\.png$", ()),
     ],
+    "pinn": [
+        (r"^LossBelow: the loss 0\.000\d+ at step \d+ is at most 0\.001, for 100 consecutive steps$", ()),
+        (r"^step +1: residual \d\.\de\+01, largest error \d\.\de\+0[01]$", ()),
+        (r"^step +\d+: residual 3\.\de-02, largest error [1-4]\.\de-03$", ()),
+        (r"^the picture is \S+pinn\.png$", ()),
+    ],
     "grad_cam": [
         (r"^loss 0\.\d+; (?:8[5-9]|9\d)\.\d % of 1000 unseen digits are found$", ()),
         (r"^digits \[[\d ]{7}\]: mean heat on their ink 0\.[3-9]\d, on the other's 0\.[01]\d, on none 0\.[0-2]\d$", ()),
