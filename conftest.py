@@ -1,0 +1,20 @@
+"""What every test starts from: a quiet TensorFlow, the same random numbers, and processes where they pay."""
+
+import os
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import pytest
+
+
+def pytest_xdist_auto_num_workers(config):
+    """Returns 0, pytest's own process, for chosen tests: a worker takes seconds to start. Else xdist counts cores."""
+    chosen = config.option.keyword or all(".py" in argument for argument in config.args)
+    return 0 if chosen else None
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    import keras  # not in pytest's own process where workers run the tests
+
+    keras.utils.set_random_seed(0)
