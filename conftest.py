@@ -1,5 +1,6 @@
 """What every test starts from: a quiet TensorFlow, the same random numbers, and processes where they pay."""
 
+import gc
 import os
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -11,6 +12,11 @@ def pytest_xdist_auto_num_workers(config):
     """Returns 0, pytest's own process, for chosen tests: a worker takes seconds to start. Else xdist counts cores."""
     chosen = config.option.keyword or all(".py" in argument for argument in config.args)
     return 0 if chosen else None
+
+
+def pytest_collection_finish():
+    """Spares Python from searching what TensorFlow's import has made for garbage, again and again."""
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
