@@ -18,6 +18,8 @@ import tapekit as tk
 # Children are forked from a server that has imported TensorFlow and never used it.
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["tapekit"])
+_PATIENCE = 120.0
+"""Seconds after which a child that is silent fails a test, rather than keep it waiting."""
 
 
 class Moments(tk.Callback):
@@ -132,9 +134,11 @@ def in_child(run: Callable[..., Any], directory: str | None, seconds: float | No
     process.start()
     there.close()
     try:
+        assert here.poll(_PATIENCE), "the run has not begun"
         assert here.recv() == ("begun", None)
-        if seconds is None or here.poll(seconds):
+        if here.poll(_PATIENCE if seconds is None else seconds):
             return here.recv()[1]
+        assert seconds is not None, "the run has not ended"
         return None
     finally:
         process.kill()

@@ -1,9 +1,11 @@
 """The examples run as a user runs them, and print what they say they show."""
 
+import functools
 import os
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -150,11 +152,11 @@ def without_prefix(text):
     return [re.sub(r"^([IWEF])\d{4} [\d:.]+ +\d+ ", r"\1 ", line) for line in text.splitlines()]
 
 
-@pytest.fixture(scope="module")
-def import_noise(tmp_path_factory):
+@functools.cache
+def import_noise():
     """What TensorFlow itself writes when it is imported, which some versions let nobody switch off."""
     quiet = "import os; os.environ['TF_CPP_MIN_LOG_LEVEL'] = '3'; import tensorflow"
-    return {*without_prefix(run("-c", quiet, folder=tmp_path_factory.mktemp("noise")).stderr)}
+    return {*without_prefix(run("-c", quiet, folder=tempfile.gettempdir()).stderr)}
 
 
 def test_every_example_has_its_expected_output_here():
@@ -162,7 +164,7 @@ def test_every_example_has_its_expected_output_here():
 
 
 @pytest.mark.parametrize("name", sorted(EXAMPLES))
-def test_example_prints_what_it_shows_and_nothing_to_stumble_over(name, tmp_path, import_noise):
+def test_example_prints_what_it_shows_and_nothing_to_stumble_over(name, tmp_path):
     done = run(EXAMPLES[name], folder=tmp_path)
     assert done.returncode == 0, done.stderr
 
@@ -173,7 +175,7 @@ def test_example_prints_what_it_shows_and_nothing_to_stumble_over(name, tmp_path
         assert [float(group) for group in found.groups()] == pytest.approx(list(numbers), rel=1e-3)
         rest = rest[found.end() :]
 
-    of_its_own = [line for line in without_prefix(done.stderr) if line not in import_noise]
     absl_header = "WARNING: All log messages before absl::InitializeLog()"
-    assert [line for line in of_its_own if not line.startswith(("I ", absl_header))] == []
+    warned = [line for line in without_prefix(done.stderr) if not line.startswith(("I ", absl_header))]
+    assert [line for line in warned if line not in import_noise()] == []
     assert not list(tmp_path.iterdir()), "an example leaves files behind"

@@ -264,11 +264,15 @@ def test_what_could_not_work_is_refused_before_the_run():
 
 
 class Closing(tk.Callback):
-    """Notes how it was closed."""
+    """Notes that a run has begun and how often it was closed."""
 
     def __init__(self):
         super().__init__()
+        self.begun = threading.Event()
         self.closed = 0
+
+    def on_train_begin(self, logs=None):
+        self.begun.set()
 
     def on_train_end(self, logs=None):
         self.closed += 1
@@ -282,6 +286,7 @@ def test_a_signal_ends_the_run_between_two_steps(driver, number):
     loop = tk.OptimizationLoop("adam", max_iterations=10**9, measures={"x": lambda: x[:5]}, **DRIVERS[driver])
 
     def send():
+        assert closing.begun.wait(60)  # before, the signal would end pytest
         time.sleep(1.5)
         os.kill(os.getpid(), number)
 
