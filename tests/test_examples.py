@@ -131,6 +131,28 @@ PRINTED = {
         (r"^step +\d+: residual 3\.\de-02, largest error [1-4]\.\de-03$", ()),
         (r"^the picture is \S+pinn\.png$", ()),
     ],
+    "learning_rate_range_test": [
+        (r"^stopped at step (?:29|30|31)\d: the loss was \d\.\d at the rate 0\.[345]\d?$", ()),
+        (r"^the loss fell fastest at the rate 0\.0[2-6]\d?$", ()),
+        (r"^rate +0\.00[2-6]\d?: loss +[12]\.\d\d? in the third epoch$", ()),
+        (r"^rate +0\.0[2-6]\d?: loss +0\.[1-4]\d* in the third epoch$", ()),
+        (r"^rate +0\.[2-6]\d?: loss +[12]\.\d\d? in the third epoch$", ()),
+        (r"^the picture is \S+learning_rate_range_test\.png$", ()),
+    ],
+    "variational_inference": [
+        (r"^ +exact +full +mean field$", ()),
+        (r"^s1 +-0\.326 \+- 0\.230 +-0\.32\d \+- 0\.2[23]\d +-0\.32\d \+- 0\.03[345]$", ()),
+        (r"^s2 +0\.201 \+- 0\.197 +0\.20\d \+- 0\.19\d +0\.20\d \+- 0\.03[345]$", ()),
+        (r"^full: ELBO (\S+), \d+ us a step\nmean field: ELBO (\S+), \d+ us a step$", (-492.7, -495.1)),
+        (r"^the picture is \S+variational_inference\.png$", ()),
+    ],
+    "adversarial": [
+        (r"^known without a change: 9[5-9]\.\d% of 500 unseen digits$", ()),
+        (r"^ +0\.05 +[67]\d\.\d% +9\d\.\d%$", ()),
+        (r"^ +0\.20 +\d\.\d% +(?:8[5-9]|9\d)\.\d%$", ()),
+        (r"^mean cross-entropy 0\.[01]\d before, (?:[89]|1\d)\.\d\d after 100 steps$", ()),
+        (r"^the picture is \S+adversarial\.png$", ()),
+    ],
     "grad_cam": [
         (r"^loss 0\.\d+; (?:8[5-9]|9\d)\.\d % of 1000 unseen digits are found$", ()),
         (r"^digits \[[\d ]{7}\]: mean heat on their ink 0\.[3-9]\d, on the other's 0\.[01]\d, on none 0\.[0-2]\d$", ()),
