@@ -8,6 +8,7 @@ import importlib
 import inspect
 import io
 import re
+import signal
 from pathlib import Path
 
 import pytest
@@ -163,6 +164,7 @@ def run_page(page):
 def test_code_of_a_page_runs_and_prints_what_the_page_shows(page):
     for printed, shown in run_page(page):
         assert [line.split() for line in printed.splitlines()] == [line.split() for line in shown.splitlines()]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler, "the page leaves a run open"
 
 
 def test_readme_gives_commands_of_one_line_that_need_no_more_than_python_and_pip():
