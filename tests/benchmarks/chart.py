@@ -1,0 +1,34 @@
+"""The chart of a benchmark: everyone beside tapekit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from tests.benchmarks.harness import OURS, Table
+
+
+def draw(tables: list[Table], path: Path) -> None:
+    """Draws how many times as long as tapekit everyone took, a line for each case, on a logarithmic scale.
+
+    Args:
+        tables: of which those with peers are drawn.
+        path: the PNG file.
+    """
+    cases = [table for table in tables if table.ours and len(table.rows) > 1]
+    names = list(dict.fromkeys(row.name for table in cases for row in table.rows if row.name != OURS))
+    figure = Figure(figsize=(9.0, 1.5 + 0.27 * max(1, len(cases))), dpi=100, layout="constrained")
+    ax = figure.subplots()
+    markers = "osD^v<>PXph8*dH"
+    for number, name in enumerate(names):
+        points = [
+            (table.ratio(row), place) for place, table in enumerate(cases) for row in table.rows if row.name == name
+        ]
+        ax.plot(*zip(*points, strict=True), markers[number % len(markers)], color=f"C{number % 10}", label=name)
+    ax.axvline(1.0, color="black", linewidth=1.0)
+    ax.set(xscale="log", xlabel="time beside tapekit; to the left of 1 is faster", ylim=(len(cases) - 0.5, -0.5))
+    ax.set_yticks(range(len(cases)), [table.title for table in cases])
+    ax.grid(axis="both", alpha=0.3)
+    figure.legend(loc="outside lower center", ncols=3, fontsize="small")
+    figure.savefig(path)
