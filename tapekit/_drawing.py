@@ -117,18 +117,15 @@ def draw_trajectory(result: Any, name: Any, function: Any, ax: Any, label: str |
         centre, plane, labels = _principal_plane(path)
     flat = (path - centre) @ plane.T
     (axis,) = _panels(1, ax, size=(6.4, 5.6))
-    low, high = flat.min(axis=0), flat.max(axis=0)
-    margin = 0.15 * np.maximum(high - low, 1e-9 + 0.15 * (high - low).max())
-    low, high = low - margin, high + margin
-    if not axis.get_autoscale_on():  # the caller has said what is to be seen
-        low, high = np.transpose([axis.get_xlim(), axis.get_ylim()])
+    low, high = _limits(axis, flat)
     if function is not None:
         _contours(axis, function, low, high, centre, plane)
     points = _points_of_path(flat, (high - low) / _COLUMNS)
     marker = "." if len(points) <= _MARKERS else None
-    (line,) = axis.plot(*points.T, marker=marker, label=label or f"{result.steps} steps")
-    axis.plot(*flat[0], marker="o", color=line.get_color(), markerfacecolor="none", linestyle="none")
-    axis.plot(*flat[-1], marker="*", markersize=12, color=line.get_color(), linestyle="none")
+    (line,) = axis.plot(*points.T, marker=marker, label=f"{result.steps} steps" if label is None else label)
+    ends = {"color": line.get_color(), "linestyle": "none", "zorder": line.get_zorder() + 1}  # over other paths, too
+    axis.plot(*flat[0], marker="o", markerfacecolor="none", **ends)
+    axis.plot(*flat[-1], marker="*", markersize=15, markeredgecolor="white", **ends)
     axis.set_xlabel(labels[0])
     axis.set_ylabel(labels[1])
     return axis
@@ -245,6 +242,19 @@ def _principal_plane(path: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[str
     return centre, vectors[:, ::-1][:, :2].T, labels
 
 
+def _limits(axis: Any, flat: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the lowest and highest coordinates: those that the axes have been given, else around what is drawn."""
+    drawn = axis.dataLim
+    low, high = np.minimum(flat.min(axis=0), drawn.p0), np.maximum(flat.max(axis=0), drawn.p1)
+    margin = 0.15 * np.maximum(high - low, 1e-9 + 0.15 * (high - low).max())
+    low, high = low - margin, high + margin
+    if not axis.get_autoscalex_on():
+        low[0], high[0] = sorted(axis.get_xlim())
+    if not axis.get_autoscaley_on():
+        low[1], high[1] = sorted(axis.get_ylim())
+    return low, high
+
+
 def _contours(axis: Any, function: Any, low: Any, high: Any, centre: np.ndarray, plane: np.ndarray) -> None:
     """Draws the levels of a function in a plane, closer to one another near its lowest."""
     first, second = np.meshgrid(*(np.linspace(a, b, _GRID) for a, b in zip(low, high, strict=True)))
@@ -255,10 +265,11 @@ def _contours(axis: Any, function: Any, low: Any, high: Any, centre: np.ndarray,
             "`function` must take an array for each coordinate and return one number for each point, of shape"
             f" {first.shape}, received shape {heights.shape}."
         )
-    lowest, highest = np.nanmin(heights), np.nanmax(heights)
-    if highest > lowest:
-        levels = lowest + (highest - lowest) * np.linspace(0.0, 1.0, 25) ** 4
-        axis.contour(first, second, heights, levels=levels[1:], linewidths=0.7, alpha=0.6, colors="gray")
+    finite = heights[np.isfinite(heights)]
+    if finite.size and finite.max() > finite.min():
+        levels = finite.min() + (finite.max() - finite.min()) * np.linspace(0.0, 1.0, 18) ** 4
+        shown = np.ma.masked_invalid(heights)
+        axis.contour(first, second, shown, levels=levels[1:], linewidths=0.7, alpha=0.6, colors="gray", zorder=0.5)
 
 
 def _points_of_path(flat: np.ndarray, pixel: np.ndarray) -> np.ndarray:

@@ -254,16 +254,17 @@ class OptimizationResult:
     ) -> Any:
         """Draws the way of the variables in a plane, from a circle to a star.
 
-        What has more than two coordinates is projected to the plane of its two principal components.
+        What has more than two coordinates is projected to the plane of its two principal components. Several runs may
+        be drawn in one `ax`, where `function` is given with the last of them.
 
         Args:
             name: a measure of at least two numbers, or a list of the names of at least two quantities in `history`;
                 `None` is the only one that there is. Measures see the variables after an update, so that the path
                 begins with step 1.
             function: what to draw the levels of: it takes an array for each coordinate and returns one of the same
-                shape, as NumPy expressions do.
-            ax: a matplotlib `Axes` to draw in, with the levels of all that it shows if its limits have been set;
-                `None` makes a figure by `matplotlib.pyplot`.
+                shape, as NumPy expressions do. They are drawn between the limits that `ax` has been given with
+                `set_xlim` and `set_ylim`, and without such around all that has been drawn.
+            ax: a matplotlib `Axes` to draw in; `None` makes a figure by `matplotlib.pyplot`.
             label: what a legend calls the path; `None` is the number of steps.
 
         Returns:

@@ -195,6 +195,45 @@ def test_levels_are_drawn_as_far_as_the_axes_show_and_paths_have_their_own_label
     assert (ax.get_xlim(), ax.get_ylim()) == ((-5.0, 5.0), (-3.0, 3.0))
 
 
+def test_the_ends_of_paths_are_drawn_over_all_paths(ax):
+    for end in (1.0, 2.0):
+        _result([2.0, 1.0], history={"x": np.array([[0.0, 0.0], [end, 1.0]])}).plot_trajectory("x", ax=ax)
+    ends, paths = ([line for line in ax.lines if (line.get_marker() in "*o") == is_end] for is_end in (True, False))
+    assert len(ends) == 4
+    assert min(line.get_zorder() for line in ends) > max(line.get_zorder() for line in paths)
+
+
+def test_levels_reach_around_all_paths_in_the_axes(ax):
+    seen = []
+    for name, end in (("first", [1.0, 3.0]), ("second", [-1.0, 1.0])):
+        result = _result([2.0, 1.0], history={"x": np.array([[0.0, 0.0], end])})
+        levels = (lambda a, b: seen.extend([a, b]) or a + b) if name == "second" else None
+        result.plot_trajectory("x", levels, ax, label=name)
+    assert list(_lines(ax)) == ["first", "second"]
+    np.testing.assert_allclose([(c.min(), c.max()) for c in seen], [(-1.3, 1.3), (-0.45, 3.45)])
+
+
+@pytest.mark.parametrize("limits", [(-5.0, 7.0), (7.0, -5.0)])
+def test_levels_fill_the_limits_that_the_axes_have_been_given(limits, ax):
+    ax.set_xlim(*limits)
+    seen = []
+    result = _result([2.0, 1.0], history={"x": np.array([[0.0, 0.0], [1.0, 1.0]])})
+    result.plot_trajectory("x", lambda a, b: seen.extend([a, b]) or a + b, ax)
+    np.testing.assert_allclose([(c.min(), c.max()) for c in seen], [(-5.0, 7.0), (-0.15, 1.15)])
+    assert ax.get_xlim() == limits
+
+
+def test_levels_leave_out_where_the_function_is_not_finite(ax):
+    def function(a, b):
+        return np.where(a > 0.5, np.inf, np.where(a < 0.0, np.nan, a + b))
+
+    result = _result([2.0, 1.0], history={"x": np.array([[0.0, 0.0], [1.0, 1.0]])})
+    result.plot_trajectory("x", function, ax)
+    drawn = np.concatenate([path.vertices for path in ax.collections[0].get_paths() if len(path.vertices)])
+    assert drawn[:, 0].min() == pytest.approx(0.0, abs=0.01)
+    assert drawn[:, 0].max() == pytest.approx(0.5, abs=0.01)
+
+
 def test_a_path_of_two_scalars_may_be_named(ax):
     a, b = np.array([1.0, 2.0]), np.array([3.0, 5.0])
     _result([3.0, 2.0], history={"a": a, "b": b}).plot_trajectory(["a", "b"], ax=ax)
