@@ -6,8 +6,9 @@ at fourteen pressures x, and the certified fit by least squares of
     y = b1 (1 - exp(-b2 x)),        S(b) = sum of squared residuals.
 
 With the Hessian H of S at its minimum and s^2 = S / (14 - 2), the covariance of b is 2 s^2 H^-1, and that of the
-curve is J cov J^T, with its derivative J by b (G. A. F. Seber and C. J. Wild, "Nonlinear Regression", 1989). The
-picture needs matplotlib, `pip install "tapekit[plot]"`, and goes to the folder given, or a temporary one.
+curve is J cov J^T, with its derivative J by b (G. A. F. Seber and C. J. Wild, "Nonlinear Regression", 1989). NIST
+certifies the errors by s^2 (J^T J)^-1, with J at the data, which has no second derivatives of the curve, as H has.
+The picture needs matplotlib, `pip install "tapekit[plot]"`, and goes to the folder given, or a temporary one.
 """
 
 import os
@@ -59,13 +60,15 @@ def main() -> None:
     with tk.PersistentTape() as tape:
         fitted = curve(grid)
         hessian, jacobian = tape.hessian(squares(), b), tape.jacobian(fitted, b).numpy()
+        at_data = tape.jacobian(curve(x), b).numpy()
     variance = result.loss / (len(x) - len(START))
     covariance = 2.0 * variance * np.linalg.inv(hessian)
     errors = scale * np.sqrt(np.diag(covariance))
+    linear = scale * np.sqrt(np.diag(variance * np.linalg.inv(at_data.T @ at_data)))
 
-    print("            value     certified   standard error     certified")
-    for (name, (value, error)), ours, spread in zip(CERTIFIED.items(), b.numpy() * scale, errors, strict=True):
-        print(f"{name:>2} {ours:14.8g} {value:13.8g} {spread:16.5g} {error:13.5g}")
+    print("            value     certified   error by H     by J^T J     certified")
+    for (name, (value, error)), *ours in zip(CERTIFIED.items(), b.numpy() * scale, errors, linear, strict=True):
+        print(f"{name:>2} {ours[0]:14.8g} {value:13.8g} {ours[1]:12.6g} {ours[2]:12.6g} {error:13.6g}")
     print(f" S {result.loss:14.8g} {CERTIFIED_SQUARES:13.8g}")
 
     figure = Figure(figsize=(11.0, 3.8), dpi=90, layout="constrained")
@@ -78,7 +81,8 @@ def main() -> None:
     residuals.fill_between(grid, -band, band, alpha=0.3, label="fit, two standard errors")
     residuals.plot(x, y - curve(x), "ko", markersize=4, label="measured - fit")
     residuals.set(xlabel="pressure, torr", ylabel="mL")
-    residuals.legend(loc="lower left")
+    residuals.legend(loc="upper center")
+    residuals.set_ylim(-0.18, 0.28)
     result.plot(["loss"], losses).set(title="", ylabel="sum of squares", xscale="log")
     path = Path(sys.argv[1] if len(sys.argv) > 1 else tempfile.mkdtemp(), "curve_fitting.png")
     figure.savefig(path)
