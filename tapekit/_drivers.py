@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import textwrap
 import time
 from typing import Any, NamedTuple
 
@@ -473,13 +474,12 @@ class CompiledDriver(Driver):
                 return self._until(error, state, program, queue)
             if not (fresh and program.jit):
                 raise
-            first_line = str(error.message).partition("\n")[0][:200]
+            why = _cause(error)
             if self._strict:
                 raise ValueError(
-                    f"`jit_compile` must be False or 'auto' here, received True: XLA cannot compile this step"
-                    f" ({first_line})."
+                    f"`jit_compile` must be False or 'auto' here, received True: XLA cannot compile this step ({why})."
                 ) from error
-            self._fall_back(first_line)
+            self._fall_back(why)
             self.prepare(self._period, portion)
             return self.advance(state, limit, seconds, portion)
         taken, fired, exhausted, finite, _, evaluations = _array(integers)[:6].tolist()
@@ -550,6 +550,13 @@ class CompiledDriver(Driver):
 
 
 _FROM_DATA = "IteratorGetNext"
+
+
+def _cause(error: tf.errors.OpError) -> str:
+    """Returns the line of an error of TensorFlow that says what is wrong, which others come before."""
+    lines = [line.strip().rstrip(".") for line in str(error.message).splitlines()]
+    telling = (line for line in lines if line and not line.startswith(("Detected at node", "<")) and line[-1] != ":")
+    return textwrap.shorten(next(telling, lines[0]), 300, placeholder=" ...")
 
 
 def _has_one_shape(spec: Any) -> bool:

@@ -375,3 +375,22 @@ def test_the_norm_of_a_complex_intermediate_counts_both_parts():
     loop = tk.OptimizationLoop("sgd", step=tk.TapeStep(intermediates=True), max_iterations=1)
     history = loop.minimize(loss, [x]).history
     np.testing.assert_allclose(history["gradient_norm/z"], [np.sqrt(10.0)])
+
+
+def test_of_an_error_of_tensorflow_the_line_that_says_what_is_wrong_is_told():
+    message = """Graph execution error:
+
+    Detected at node a/b defined at (most recent call last):
+    <stack traces unavailable>
+    Input 0 must be a compile-time constant.
+
+    XLA compilation requires that
+    """
+
+    def told(message):
+        return _drivers._cause(tf.errors.InvalidArgumentError(None, None, message))
+
+    assert told(message) == "Input 0 must be a compile-time constant"
+    assert len(told("word " * 1000)) <= 300
+    assert told("word " * 1000).endswith("word ...")
+    assert told("Graph execution error:") == "Graph execution error:"
