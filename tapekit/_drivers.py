@@ -16,8 +16,8 @@ from tapekit._body import State, StepBody, Verdict
 from tapekit._data import NO_DATA, Portion
 from tapekit._nonfinite import Guard
 from tapekit._objective import read_variables, used_variables
-from tapekit._packing import Packing, as_numbers, as_tensor, number
-from tapekit._tensors import tf_variable
+from tapekit._packing import Packing, number
+from tapekit._tensors import read_variable, tf_variable, to_array
 from tapekit._xla import DRAWING, against_xla, op_types, written
 from tapekit.steps import RAISING
 
@@ -267,6 +267,7 @@ class CompiledDriver(Driver):
         start = _Packed(np.int32(0), np.int32(0), np.float64(np.nan), np.bool_(False), np.bool_(True), body.initial)
         self._packing, self._state_packing = Packing(start), Packing(body.initial)
         self._programs: dict[Any, _Program] = {}
+        self._last_read: tuple[Any, Any] = (None, None)
 
     def prepare(self, period: int, portion: Portion = NO_DATA) -> None:
         """Traces the step if it is not yet for batches of this shape."""
@@ -406,7 +407,7 @@ class CompiledDriver(Driver):
                 for name, row in rows.items()
                 if queue is None
             }
-            leaves = hold(packing.unpack(integers, floats, as_tensor).state)
+            leaves = hold(packing.unpack(integers, floats).state)
             verdict = Verdict(tf.constant(0), tf.constant(True), no_counts)
             start = (tf.constant(0), verdict, tf.constant(False), leaves, records)
             end = tf.while_loop(proceed, advance, start, parallel_iterations=1)
@@ -433,7 +434,7 @@ class CompiledDriver(Driver):
 
         def unpack(leaves: Any) -> list[Any]:
             integers, floats = leaves
-            return tree.flatten(self._state_packing.unpack(integers, floats, as_tensor))
+            return tree.flatten(self._state_packing.unpack(integers, floats))
 
         def step(seconds: Any, leaves: Any, batch: Any, guard: Any) -> Any:
             leaves, row, verdict = program.step(seconds, unpack(leaves), batch, guard)
@@ -449,7 +450,9 @@ class CompiledDriver(Driver):
 
     def read(self, state: tuple[tf.Tensor, tf.Tensor]) -> State:
         """Returns the state as Python numbers and NumPy arrays."""
-        return self._packing.unpack(_array(state[0]), _array(state[1]), as_numbers).state
+        if self._last_read[0] is not state:
+            self._last_read = state, self._packing.read(to_array(state[0]), to_array(state[1])).state
+        return self._last_read[1]
 
     def advance(self, state: tuple[tf.Tensor, tf.Tensor], limit: int, seconds: float, portion=NO_DATA) -> Advance:
         """Takes the steps in one call."""
@@ -466,7 +469,7 @@ class CompiledDriver(Driver):
         call, captured, queue = program.chunks[key]
         limit = min(limit, program.capacity)
         clock = _constant(seconds if "seconds" in self.body.needs else 0.0, tf.float64)
-        before = [tf.raw_ops.ReadVariableOp(resource=v.handle, dtype=v.dtype) for v in program.written if undoes]
+        before = [read_variable(v) for v in program.written if undoes]
         try:
             integers, floats, counts, records = call([_constant(limit, tf.int32), clock, *state, *feed], captured)
         except tf.errors.OpError as error:
@@ -482,7 +485,7 @@ class CompiledDriver(Driver):
             self._fall_back(why)
             self.prepare(self._period, portion)
             return self.advance(state, limit, seconds, portion)
-        taken, fired, exhausted, finite, _, evaluations = _array(integers)[:6].tolist()
+        taken, fired, exhausted, finite, _, evaluations = to_array(integers)[:6].tolist()
         culprits = {}
         if not finite:
             if undoes:
@@ -491,13 +494,13 @@ class CompiledDriver(Driver):
                 if taken > 1:
                     state = call([_constant(taken - 1, tf.int32), clock, *state, *feed], captured)[:2]
                 counts = self._refuse(program, portion, state, clock, taken - 1)
-            culprits = _culprits(self.body, _array(counts))
+            culprits = _culprits(self.body, to_array(counts))
         elif not fresh and taken:
             self._pace.observe(taken, time.perf_counter() - started)
         if queue and taken:
             records = dict(zip(program.records, queue.dequeue_many(taken)[-len(program.records) :], strict=True))
-        columns = {name: _array(record) for name, record in records.items()}
-        loss = _array(floats)[0].item() if fired and finite and self.traced_loss else None
+        columns = {name: to_array(record) for name, record in records.items()}
+        loss = to_array(floats)[0].item() if fired and finite and self.traced_loss else None
         exhausted, finite = bool(exhausted), bool(finite)
         return Advance((integers, floats), taken, fired, evaluations, columns, loss, exhausted, finite, culprits)
 
@@ -524,8 +527,8 @@ class CompiledDriver(Driver):
         if taken:
             parts = queue.dequeue_many(taken)
             integers, floats, *rows = parts
-            columns = {name: _array(part) for name, part in zip(program.records, rows, strict=True)}
-            state = self.begin(self._state_packing.unpack(integers[-1].numpy(), floats[-1].numpy(), as_numbers))
+            columns = {name: to_array(part) for name, part in zip(program.records, rows, strict=True)}
+            state = self.begin(self._state_packing.read(integers[-1].numpy(), floats[-1].numpy()))
         return Advance(state, taken, 0, self.read(state).evaluations, columns, None, error=error)
 
     def _undoes(self, program: _Program, portion: Portion) -> bool:
@@ -538,7 +541,7 @@ class CompiledDriver(Driver):
             batch_of: Any = portion.batch
 
             def refuse(integers, floats, seconds, feed, n):
-                leaves = tree.flatten(self._packing.unpack(integers, floats, as_tensor).state)
+                leaves = tree.flatten(self._packing.unpack(integers, floats).state)
                 return program.step(seconds, leaves, batch_of(feed, n), tf.constant(Guard.NEVER, tf.int32))[2].counts
 
             program.refused = tf.function(refuse, autograph=False)
@@ -573,13 +576,6 @@ def _spec(leaf: Any) -> Any:
 @functools.lru_cache(maxsize=64)
 def _constant(value: float, dtype: tf.DType) -> tf.Tensor:
     return tf.constant(value, dtype)
-
-
-def _array(tensor: tf.Tensor) -> np.ndarray:
-    if tensor.dtype.is_numpy_compatible and tensor.dtype not in (tf.bfloat16, tf.float16):
-        buffer: Any = tensor
-        return np.asarray(memoryview(buffer))  # shares the memory, which tensor.numpy() would copy
-    return tensor.numpy()
 
 
 def make_driver(body: StepBody, eager: bool, jit_compile: bool | str, longest: int) -> Driver:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,9 +32,25 @@ class Packing:
             parts[slot.is_float].append(tf.reshape(tf.cast(leaf, dtype), [-1]))
         return tf.concat(parts[False], 0), tf.concat(parts[True], 0)
 
-    def unpack(self, integers: Any, floats: Any, restore: Callable[[Any, Slot], Any]) -> Any:
-        """Returns the structure; `restore` gives each part its shape and dtype again."""
-        leaves = [restore((floats if slot.is_float else integers)[slot.place], slot) for slot in self._slots]
+    def unpack(self, integers: Any, floats: Any) -> Any:
+        """Returns the structure inside a graph: its leaves have their shapes and dtypes again."""
+        parts = [(floats if slot.is_float else integers)[slot.place] for slot in self._slots]
+        pairs = zip(parts, self._slots, strict=True)
+        return self._structured([tf.cast(tf.reshape(part, slot.shape), slot.dtype) for part, slot in pairs])
+
+    def read(self, integers: np.ndarray, floats: np.ndarray) -> Any:
+        """Returns the structure on the host: Python numbers, and arrays."""
+        leaves: list[Any] = []
+        for slot in self._slots:
+            vector = floats if slot.is_float else integers
+            if slot.shape:
+                leaves.append(vector[slot.place].reshape(slot.shape).astype(slot.dtype))
+            else:
+                value = vector.item(slot.place.start)
+                leaves.append(bool(value) if slot.dtype.kind == "b" else value)
+        return self._structured(leaves)
+
+    def _structured(self, leaves: list[Any]) -> Any:
         return tree.pack_sequence_as(self.structure, leaves)
 
 
@@ -45,16 +61,6 @@ class Slot(NamedTuple):
     place: slice
     shape: tuple[int, ...]
     dtype: np.dtype
-
-
-def as_tensor(part: Any, slot: Slot) -> Any:
-    """Returns a leaf inside a graph."""
-    return tf.cast(tf.reshape(part, slot.shape), slot.dtype)
-
-
-def as_numbers(part: Any, slot: Slot) -> Any:
-    """Returns a leaf on the host, a Python number or an array."""
-    return number(part.reshape(slot.shape).astype(slot.dtype))
 
 
 def number(array: Any) -> Any:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-_TAIL_BYTES = 1 << 16
+_FIRST_ROWS, _TAIL_BYTES = 1 << 5, 1 << 16
 
 
 class Records:
@@ -32,16 +33,17 @@ class Records:
 
 class _Column:
     def __init__(self, shape: tuple[int, ...], dtype: Any) -> None:
-        row_bytes = max(1, int(np.prod(shape)) * np.dtype(dtype).itemsize)
+        row_bytes = max(1, math.prod(shape) * np.dtype(dtype).itemsize)
+        self._most = max(1, _TAIL_BYTES // row_bytes)
         self._blocks: list[np.ndarray] = []
-        self._tail = np.empty((max(1, _TAIL_BYTES // row_bytes), *shape), dtype)
+        self._tail = np.empty((min(_FIRST_ROWS, self._most), *shape), dtype)
         self._filled = 0
 
     def extend(self, values: np.ndarray, count: int) -> None:
-        large = count > len(self._tail) // 2
-        if large or count > len(self._tail) - self._filled:
+        if count > min(len(self._tail) // 2, len(self._tail) - self._filled):
             self._flush()
-        if large:
+            self._grow()
+        if count > len(self._tail) // 2:
             block = values[:count]
             self._blocks.append(block if 4 * count > 3 * len(values) else block.copy())
         else:
@@ -52,6 +54,11 @@ class _Column:
         if self._filled:
             self._blocks.append(self._tail[: self._filled].copy())
             self._filled = 0
+
+    def _grow(self) -> None:
+        """Makes room for more rows together, as the run is a longer one."""
+        if len(self._tail) < self._most:
+            self._tail = np.empty((min(2 * len(self._tail), self._most), *self._tail.shape[1:]), self._tail.dtype)
 
     def array(self) -> np.ndarray:
         self._flush()

@@ -20,7 +20,7 @@ from tapekit._objective import keras_variable
 from tapekit._records import Records, row
 from tapekit._result import OptimizationResult, StopReason
 from tapekit._store import Saved, Store
-from tapekit._tensors import tf_variable
+from tapekit._tensors import read_variable, tf_variable, to_array
 from tapekit.callbacks import Callback, Checkpoint, StopWhen
 from tapekit.callbacks._at_steps import with_inner
 from tapekit.callbacks._checkpoint import check_directory
@@ -466,7 +466,9 @@ _LISTED = 5
 
 
 def _arrays(structure: Any) -> Any:
-    return tree.map_structure(lambda variable: np.array(tf_variable(variable).numpy()), structure)
+    if type(structure) is list:  # as nearly always, and far sooner done than by what knows all structures
+        return [_arrays(part) for part in structure]
+    return tree.map_structure(lambda variable: to_array(read_variable(tf_variable(variable))).copy(), structure)
 
 
 def tell_stop_when(callbacks: Any, criteria: Any, states: Any, fired: int, logs: dict[str, Any]) -> None:

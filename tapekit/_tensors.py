@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 KerasVariable: type = keras.Variable.__bases__[0]
@@ -15,6 +16,22 @@ KerasVariable: type = keras.Variable.__bases__[0]
 def tf_variable(variable: Any) -> Any:
     """Returns the `tf.Variable` that a `keras.Variable` holds, or the argument itself."""
     return variable.value if isinstance(variable, KerasVariable) else variable
+
+
+def read_variable(variable: tf.Variable) -> tf.Tensor:
+    """Returns the value of a variable, without the copy and the Python of `variable.numpy()` and its like."""
+    return tf.raw_ops.ReadVariableOp(resource=variable.handle, dtype=variable.dtype)
+
+
+_OF_NUMPY = {tf.float64, tf.float32, tf.int64, tf.int32, tf.bool}
+
+
+def to_array(tensor: tf.Tensor) -> np.ndarray:
+    """Returns the array of a tensor, whose memory it shares if it is of one of the usual dtypes."""
+    if tensor.dtype in _OF_NUMPY:
+        buffer: Any = tensor
+        return np.asarray(memoryview(buffer))
+    return np.asarray(tensor.numpy())
 
 
 def map_values(function: Callable[[Any], Any], gradient: Any) -> Any:

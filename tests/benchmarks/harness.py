@@ -16,6 +16,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 OURS = "tapekit"
+TURN, MOST_IN_A_TURN = 0.05, 50
+"""Seconds that a peer runs at least before it is the next one's turn, if so many short runs are enough for that."""
 PACKAGES = (
     "tensorflow",
     "keras",
@@ -145,7 +147,8 @@ def compare(title: str, peers: Sequence[Peer], rounds: int, tolerance: float, wa
     Args:
         title: the case.
         peers: who takes part.
-        rounds: how often each is timed, beside the first run and those that warm up.
+        rounds: how many turns each is timed, beside the first run and those that warm up; a turn of short runs is
+            their mean.
         tolerance: how much their losses may differ, relative to tapekit's.
         warm_up: how many runs after the first are left out.
 
@@ -159,10 +162,15 @@ def compare(title: str, peers: Sequence[Peer], rounds: int, tolerance: float, wa
     losses: dict[str, float | None] = {}
     for turn in range(1 + warm_up + rounds):
         for peer in peers:
-            peer.reset()
-            started = time.perf_counter()
-            loss = peer.run()
-            times[peer.name].append(time.perf_counter() - started)
+            # After the others a short run finds nothing in the caches, which is no longer being warm.
+            repeats = min(MOST_IN_A_TURN, int(TURN / times[peer.name][-1])) if turn > warm_up else 1
+            seconds = 0.0
+            for _ in range(max(1, repeats)):
+                peer.reset()
+                started = time.perf_counter()
+                loss = peer.run()
+                seconds += time.perf_counter() - started
+            times[peer.name].append(seconds / max(1, repeats))
             losses.setdefault(peer.name, loss)
         if turn == 0:
             known = {peer.name: loss for peer in peers if peer.is_compared and (loss := losses[peer.name]) is not None}
