@@ -14,7 +14,7 @@ from tapekit import stopping as _stopping
 from tapekit._describe import describe
 from tapekit._objective import RESERVED, required_arguments
 
-MOST_CRITERIA = 31  # a bit each of a 32-bit integer
+MOST_CRITERIA = 30  # a bit each of a 32-bit integer, which needs one for its sign and one for what is not finite
 
 
 def check_count(criteria: list[_stopping.Criterion]) -> list[_stopping.Criterion]:

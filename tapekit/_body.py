@@ -30,7 +30,7 @@ class State(NamedTuple):
     step: Any
     evaluations: Any
     nonfinite: Any
-    """How many steps were not finite."""
+    """How many steps were not finite, where the run goes on after them."""
     best: Any
     """The lowest finite loss, if that is wanted."""
     criteria: Any
@@ -137,7 +137,7 @@ class StepBody:
             self._add(row, "optimizer", "skipped", tf.logical_not(all_finite(problem.gradients or ())))
         finite = self._is_finite(problem, row["loss"])
         if undone:
-            allowed = (finite & (guard != Guard.NEVER)) | (guard == Guard.ALWAYS)
+            allowed = (finite & (guard != Guard.NEVER)) | (guard >= Guard.BY_SUM)
             assign_if(~allowed, undone, values)
         if self.best:
             loss = tf.cast(row["loss"], tf.float64)
@@ -146,7 +146,8 @@ class StepBody:
             state = state._replace(best=tf.where(better, loss, state.best))
         step = state.step + 1
         evaluations = state.evaluations + tf.cast(row.pop("evaluations", problem.evaluations), tf.int64)
-        nonfinite = state.nonfinite + tf.cast(~finite, tf.int64)
+        counts_nonfinite = self._skips or self._rolls_back  # else the first one ends the run
+        nonfinite = state.nonfinite + tf.cast(~finite, tf.int64) if counts_nonfinite else state.nonfinite
 
         known = {"step": step, "evaluations": evaluations, "seconds": seconds, "gradients_finite": finite}
         known |= self._gradient_logs(problem.gradients)
@@ -160,7 +161,7 @@ class StepBody:
         for name, (call, arguments) in self._measures.items():
             offered = {"intermediates": problem.intermediates}
             self._add(row, "measures", name, call(*(offered.get(key, problem.gradients) for key in arguments)))
-        if self._skips or self._rolls_back:
+        if counts_nonfinite:
             self._add(row, "on_nonfinite", "nonfinite", nonfinite)
         if self._rolls_back:
             self._add(row, "on_nonfinite", "learning_rate", self.updater.learning_rate)

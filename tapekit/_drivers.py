@@ -236,6 +236,8 @@ class _Program:
         """The names of what a step records."""
         self.refused: Any = None
         """The step made without an update, traced once a step has not been finite."""
+        self.overflows = False
+        """Whether finite gradients have had a sum that is not, so that each entry must be looked at."""
 
 
 class CompiledDriver(Driver):
@@ -264,7 +266,7 @@ class CompiledDriver(Driver):
         self._strict = jit_compile is True
         self._jit = bool(jit_compile)
         self._tries = not self._strict
-        start = _Packed(np.int32(0), np.int32(0), np.float64(np.nan), np.bool_(False), np.bool_(True), body.initial)
+        start = _Packed(np.int64(0), np.int32(0), np.float64(np.nan), np.bool_(False), np.bool_(True), body.initial)
         self._packing, self._state_packing = Packing(start), Packing(body.initial)
         self._programs: dict[Any, _Program] = {}
         self._last_read: tuple[Any, Any] = (None, None)
@@ -373,27 +375,31 @@ class CompiledDriver(Driver):
         # XLA would wait for the check before every update and copy what it updates. There every update is made, and if
         # the last step of the chunk turns out not to be finite, the host undoes it all and goes as far as was right.
         undoes = self._undoes(program, portion)
+        chunk_guard = (Guard.ALWAYS if program.overflows else Guard.BY_SUM) if undoes else Guard.FINITE
         parts = [*hold(self.body.initial), *rows.values()]
         queue = None
         if batch_of is None:
             queue = tf.queue.FIFOQueue(capacity, [part.dtype for part in parts], [part.shape for part in parts])
 
         def run(limit, seconds, integers, floats, feed):
+            # Each scalar that goes round is a kernel to XLA: the criteria and whether all was finite share one, and the
+            # steps are counted in the type in which others count too, so that these are one counter.
             def proceed(taken, verdict, exhausted, leaves, records):
-                return (taken < limit) & (verdict.fired == 0) & verdict.finite & ~exhausted
+                return (taken < limit) & (verdict.fired == 0) & ~exhausted
 
             def take(taken, leaves, records, batch):
-                guard = tf.constant(Guard.ALWAYS if undoes else Guard.FINITE, tf.int32)  # here, so that XLA folds it
+                guard = tf.constant(chunk_guard, tf.int32)  # here, so that XLA folds it
                 leaves, row, verdict = step(seconds, leaves, batch, guard)
                 if queue:
                     queue.enqueue([*leaves, *row.values()])
-                records = {name: records[name].write(taken, row[name]) for name in records}
-                verdict = verdict._replace(counts=no_counts if undoes else verdict.counts)
+                records = {name: records[name].write(tf.cast(taken, tf.int32), row[name]) for name in records}
+                fired = verdict.fired + tf.where(verdict.finite, 0, _NOT_FINITE)
+                verdict = Verdict(fired, (), no_counts if undoes else verdict.counts)
                 return taken + 1, verdict, tf.constant(False), leaves, records
 
             def advance(taken, verdict, exhausted, leaves, records):
                 if batch_of:
-                    return take(taken, leaves, records, batch_of(feed, taken))
+                    return take(taken, leaves, records, batch_of(feed, tf.cast(taken, tf.int32)))
                 batch = feed.get_next_as_optional()
                 return tf.cond(
                     batch.has_value(),
@@ -408,17 +414,19 @@ class CompiledDriver(Driver):
                 if queue is None
             }
             leaves = hold(packing.unpack(integers, floats).state)
-            verdict = Verdict(tf.constant(0), tf.constant(True), no_counts)
-            start = (tf.constant(0), verdict, tf.constant(False), leaves, records)
+            verdict = Verdict(tf.constant(0), (), no_counts)
+            start = (tf.constant(0, tf.int64), verdict, tf.constant(False), leaves, records)
             end = tf.while_loop(proceed, advance, start, parallel_iterations=1)
             taken, verdict, exhausted, leaves, records = end
             unknown = tf.constant(np.nan, tf.float64)
-            known = (verdict.fired != 0) & verdict.finite
+            finite = verdict.fired < _NOT_FINITE
+            fired = tf.where(finite, verdict.fired, verdict.fired - _NOT_FINITE)
+            known = (fired != 0) & finite
             loss = tf.cond(known, lambda: self.traced_loss(), lambda: unknown) if self.traced_loss else unknown
-            integers, floats = packing.pack([taken, verdict.fired, loss, exhausted, verdict.finite, *release(leaves)])
+            integers, floats = packing.pack([taken, fired, loss, exhausted, finite, *release(leaves)])
             return integers, floats, verdict.counts, {name: record.stack() for name, record in records.items()}
 
-        limit, clock = tf.TensorSpec([], tf.int32), tf.TensorSpec([], tf.float64)
+        limit, clock = tf.TensorSpec([], tf.int64), tf.TensorSpec([], tf.float64)
         specs = [tf.TensorSpec(part.shape, part.dtype) for part in self.begin()]
         feed: Any = tf.nest.map_structure(_spec, portion.feed) if batch_of else tf.data.IteratorSpec(portion.spec)
         compiled = tf.function(run, autograph=False, jit_compile=program.jit and batch_of is not None)
@@ -461,7 +469,7 @@ class CompiledDriver(Driver):
             return self._begin_stream(program, state, seconds, portion)
         feed = [leaf for leaf in tf.nest.flatten(portion.feed, expand_composites=True) if leaf is not None]
         undoes = self._undoes(program, portion)
-        key = program.jit, undoes, program.capacity, portion.size, *((part.shape, part.dtype) for part in feed)
+        key = program.jit, undoes, program.overflows, program.capacity, portion.size, *((part.shape, part.dtype) for part in feed)
         started = time.perf_counter()
         fresh = key not in program.chunks
         if fresh:
@@ -471,7 +479,7 @@ class CompiledDriver(Driver):
         clock = _constant(seconds if "seconds" in self.body.needs else 0.0, tf.float64)
         before = [read_variable(v) for v in program.written if undoes]
         try:
-            integers, floats, counts, records = call([_constant(limit, tf.int32), clock, *state, *feed], captured)
+            integers, floats, counts, records = call([_constant(limit, tf.int64), clock, *state, *feed], captured)
         except tf.errors.OpError as error:
             if queue and (queue.size() or _FROM_DATA in str(error)):
                 return self._until(error, state, program, queue)
@@ -491,9 +499,10 @@ class CompiledDriver(Driver):
             if undoes:
                 for variable, value in zip(program.written, before, strict=True):
                     variable.assign(value)
-                if taken > 1:
-                    state = call([_constant(taken - 1, tf.int32), clock, *state, *feed], captured)[:2]
-                counts = self._refuse(program, portion, state, clock, taken - 1)
+                before_it = call([_constant(taken - 1, tf.int64), clock, *state, *feed], captured)[:2]
+                finite, counts = self._refuse(program, portion, before_it, clock, taken - 1)
+                if finite:
+                    return self._look_closer(program, state, before_it, records, taken - 1, limit, seconds, portion)
             culprits = _culprits(self.body, to_array(counts))
         elif not fresh and taken:
             self._pace.observe(taken, time.perf_counter() - started)
@@ -535,14 +544,23 @@ class CompiledDriver(Driver):
         """Returns whether a chunk undoes itself, rather than each step look whether it may update anything."""
         return self.body.guards and program.jit and portion.batch is not None and not program.draws
 
+    def _look_closer(self, program, state, before_it, records, taken, limit, seconds, portion: Portion) -> Advance:
+        """Goes on where finite gradients had a sum that is not, and looks at each entry from there on."""
+        program.overflows = True
+        if not taken:
+            return self.advance(state, limit, seconds, portion)
+        columns = {name: to_array(record) for name, record in records.items()}
+        return Advance(before_it, taken, 0, self.read(before_it).evaluations, columns, None)
+
     def _refuse(self, program: _Program, portion: Portion, state: Any, clock: Any, n: int) -> Any:
-        """Makes the step with the n-th batch without an update, and returns what was not finite in it."""
+        """Makes the step with the n-th batch without an update, and returns whether it was finite, and what was not."""
         if program.refused is None:
             batch_of: Any = portion.batch
 
             def refuse(integers, floats, seconds, feed, n):
                 leaves = tree.flatten(self._packing.unpack(integers, floats).state)
-                return program.step(seconds, leaves, batch_of(feed, n), tf.constant(Guard.NEVER, tf.int32))[2].counts
+                verdict = program.step(seconds, leaves, batch_of(feed, n), tf.constant(Guard.NEVER, tf.int32))[2]
+                return verdict.finite, verdict.counts
 
             program.refused = tf.function(refuse, autograph=False)
         return program.refused(*state, clock, portion.feed, tf.constant(n))
@@ -553,6 +571,8 @@ class CompiledDriver(Driver):
 
 
 _FROM_DATA = "IteratorGetNext"
+_NOT_FINITE = 1 << 30
+"""Added to the criteria that want to stop, of which there are fewer bits."""
 
 
 def _cause(error: tf.errors.OpError) -> str:

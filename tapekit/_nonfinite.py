@@ -17,10 +17,13 @@ class Guard(enum.IntEnum):
 
     FINITE = 0
     """If its loss and its gradients are finite."""
-    ALWAYS = 1
-    """In any case: whoever asks puts everything back where they are not."""
-    NEVER = 2
-    """In no case: the step is known not to be finite, and made for its side effects."""
+    NEVER = 1
+    """In no case: the step is made to learn what is not finite in it."""
+    BY_SUM = 2
+    """In any case: whoever asks puts everything back where they are not finite. Sums of the gradients tell, which may
+    overflow where no entry does."""
+    ALWAYS = 3
+    """In any case, as before, where each entry has been looked at."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

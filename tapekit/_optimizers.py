@@ -260,18 +260,31 @@ def all_finite(gradients: Sequence[Any]) -> tf.Tensor:
     """Returns whether no gradient, dense or `tf.IndexedSlices`, holds a NaN or an infinity."""
     finite = tf.constant(True)
     for gradient in gradients:
-        values = gradient.values if isinstance(gradient, tf.IndexedSlices) else gradient
-        size = values.shape.num_elements() or 1
-        if size >= _LARGE and size % _FOLDS == 0:
-            # XLA makes one sum after the other out of a whole reduction; sums side by side take half the time.
-            sums = tf.reduce_sum(tf.reshape(values * tf.zeros([], values.dtype), [_FOLDS, -1]), axis=0)
-            finite &= tf.reduce_all(tf.equal(sums, 0))
-        else:
-            finite &= tf.reduce_all(tf.math.is_finite(values))
+        finite &= tf.reduce_all(tf.math.is_finite(_values(gradient)))
     return finite
 
 
-_LARGE, _FOLDS = 1 << 12, 1 << 5
+def sum_finite(gradients: Sequence[Any]) -> tf.Tensor:
+    """Returns whether the sums of gradients are finite: not if an entry is NaN or infinite, nor if a sum overflows.
+
+    XLA computes a gradient once for a sum of it, and once for each use of it beside any look at its entries.
+    """
+    return tf.math.is_finite(tf.add_n([tf.zeros([], tf.float64), *(_sum(_values(g)) for g in gradients)]))
+
+
+def _values(gradient: Any) -> tf.Tensor:
+    return tf.convert_to_tensor(gradient.values if isinstance(gradient, tf.IndexedSlices) else gradient)
+
+
+def _sum(values: tf.Tensor) -> tf.Tensor:
+    size = values.shape.num_elements() or 1
+    folds = next((folds for folds in _FOLDS if size % folds == 0), 1) if size >= _LARGE else 1
+    if folds > 1:  # XLA adds one entry after the other in a whole sum; sums side by side take half the time
+        values = tf.reduce_sum(tf.reshape(values, [folds, -1]), axis=0)
+    return tf.cast(tf.reduce_sum(values), tf.float64)
+
+
+_LARGE, _FOLDS = 1 << 12, (32, 25, 20, 16, 10, 8)
 
 
 def _get_optimizer(optimizer: Any) -> Any:

@@ -15,7 +15,7 @@ from tapekit._config import Configurable, Registry
 from tapekit._describe import describe, shape_and_dtype, unique_names, variable_name
 from tapekit._nonfinite import Guard, count_nonfinite
 from tapekit._objective import Objective, used_variables
-from tapekit._optimizers import Updater, all_finite
+from tapekit._optimizers import Updater, all_finite, sum_finite
 from tapekit._tape import Intermediates, collecting
 from tapekit._tensors import map_values, tf_variable
 from tapekit.callbacks._base import recording
@@ -281,7 +281,9 @@ class Problem:
             return
         finite = tf.constant(True) if self.loss is None else tf.math.is_finite(self.loss)
         if not self._updater.scales:  # a scaled gradient that overflows is an ordinary event that the optimizer skips
-            finite &= all_finite(gradients)
+            finite &= tf.cond(
+                tf.equal(self._guard, Guard.BY_SUM), lambda: sum_finite(gradients), lambda: all_finite(gradients)
+            )
         self.finite = finite if self.finite is None else self.finite & finite
 
         def update() -> Any:
@@ -291,7 +293,7 @@ class Problem:
         def refuse() -> Any:
             return tf.stack([count_nonfinite(gradient) for gradient in gradients])
 
-        counts = tf.cond((finite & (self._guard != Guard.NEVER)) | (self._guard == Guard.ALWAYS), update, refuse)
+        counts = tf.cond((finite & (self._guard != Guard.NEVER)) | (self._guard >= Guard.BY_SUM), update, refuse)
         self.suspects += [(variable_name(v), int(np.prod(v.shape))) for v in variables]
         self.counts += [counts[n] for n in range(len(gradients))]
 
