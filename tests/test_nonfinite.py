@@ -68,6 +68,26 @@ def test_a_step_that_is_not_finite_touches_neither_variables_nor_slots(driver, s
     np.testing.assert_array_equal(result.history["loss"][:-1], expected.history["loss"])
 
 
+@tf.custom_gradient
+def _steep(x):
+    """The first entry of x, said to have a gradient that grows so large below 0.97 that the sum of its entries overflows."""
+    gradient = tf.where(x < 0.97, tf.constant(1e307, tf.float64), 1.0)
+    return x[0], lambda upstream: upstream * gradient
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+@pytest.mark.parametrize("size", [200, 8000])
+def test_finite_gradients_whose_sum_overflows_are_finite(driver, size):
+    x = tf.Variable(np.ones(size))
+    loop = tk.OptimizationLoop(keras.optimizers.SGD(0.01), max_iterations=6, **DRIVERS[driver])
+    result = loop.minimize(lambda: _steep(x), [x])
+    assert result.steps == 6
+    losses = result.history["loss"]
+    np.testing.assert_allclose(losses[:5], [1.0, 0.99, 0.98, 0.97, 0.96], rtol=1e-6)
+    np.testing.assert_allclose(losses[5], -1e305, rtol=1e-6)
+    np.testing.assert_allclose(x, -2e305, rtol=1e-6)
+
+
 @pytest.mark.parametrize("driver", DRIVERS)
 def test_a_hook_that_spoils_a_gradient_is_found_and_one_that_mends_it_is_let(driver):
     class Spoil(tk.Callback):
