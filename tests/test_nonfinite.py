@@ -70,7 +70,7 @@ def test_a_step_that_is_not_finite_touches_neither_variables_nor_slots(driver, s
 
 @tf.custom_gradient
 def _steep(x):
-    """The first entry of x, said to have a gradient that grows so large below 0.97 that the sum of its entries overflows."""
+    """The first entry of x, said to have a gradient whose sum overflows, once x is below 0.97."""
     gradient = tf.where(x < 0.97, tf.constant(1e307, tf.float64), 1.0)
     return x[0], lambda upstream: upstream * gradient
 
