@@ -171,7 +171,7 @@ class StepBody:
             logs[name] = tf.where(finite, logs[name], np.nan)  # a step that has not been made has not converged
         criteria, fired = self._judge(state.criteria, logs)
         self.suspects = problem.suspects
-        counts = tf.stack(problem.counts) if problem.counts else tf.zeros([0], tf.int64)
+        counts = tf.concat([tf.zeros([0], tf.int64), *problem.counts], 0)
         return State(step, evaluations, nonfinite, state.best, criteria), row, Verdict(fired, finite, counts)
 
     def _undone(self) -> list[Any]:

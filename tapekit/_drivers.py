@@ -53,11 +53,18 @@ class Pace:
     """Chooses chunk lengths that let the host be seen often enough, from the speed seen so far."""
 
     TARGET = 0.05
-    """Seconds that a chunk should take."""
+    """Seconds that the steps of a chunk should take."""
 
     def __init__(self) -> None:
+        self.call: float | None = None
+        """Seconds that a chunk takes beside its steps, once that has been measured."""
         self._seconds_a_step = float("inf")
         self._last = 0
+
+    @property
+    def call_matters(self) -> bool:
+        """Whether steps look so slow that it must be known how much of that is not theirs."""
+        return self.call is None and 1 < self._seconds_a_step * 20 / self.TARGET < float("inf")
 
     def limit(self) -> int:
         """Returns how many steps the next chunk should have."""
@@ -65,7 +72,7 @@ class Pace:
 
     def observe(self, taken: int, seconds: float) -> None:
         """Learns from a chunk of `taken` steps that lasted `seconds`."""
-        self._seconds_a_step = max(seconds, 1e-9) / taken
+        self._seconds_a_step = max(seconds - (self.call or 0.0), 1e-9) / taken
         self._last = taken
 
 
@@ -469,8 +476,8 @@ class CompiledDriver(Driver):
             return self._begin_stream(program, state, seconds, portion)
         feed = [leaf for leaf in tf.nest.flatten(portion.feed, expand_composites=True) if leaf is not None]
         undoes = self._undoes(program, portion)
-        key = program.jit, undoes, program.overflows, program.capacity, portion.size, *((part.shape, part.dtype) for part in feed)
-        started = time.perf_counter()
+        specs = [(part.shape, part.dtype) for part in feed]
+        key = program.jit, undoes, program.overflows, program.capacity, portion.size, *specs
         fresh = key not in program.chunks
         if fresh:
             program.chunks[key] = self._chunk(program, portion)
@@ -478,6 +485,7 @@ class CompiledDriver(Driver):
         limit = min(limit, program.capacity)
         clock = _constant(seconds if "seconds" in self.body.needs else 0.0, tf.float64)
         before = [read_variable(v) for v in program.written if undoes]
+        started = time.perf_counter()
         try:
             integers, floats, counts, records = call([_constant(limit, tf.int64), clock, *state, *feed], captured)
         except tf.errors.OpError as error:
@@ -506,6 +514,10 @@ class CompiledDriver(Driver):
             culprits = _culprits(self.body, to_array(counts))
         elif not fresh and taken:
             self._pace.observe(taken, time.perf_counter() - started)
+            if self._pace.call_matters:  # a thousand variables take longer to hand over than to update
+                started = time.perf_counter()
+                call([_constant(0, tf.int64), clock, integers, floats, *feed], captured)
+                self._pace.call = time.perf_counter() - started
         if queue and taken:
             records = dict(zip(program.records, queue.dequeue_many(taken)[-len(program.records) :], strict=True))
         columns = {name: to_array(record) for name, record in records.items()}

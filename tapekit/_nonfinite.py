@@ -69,4 +69,4 @@ def check_on_nonfinite(value: Any) -> str | Rollback:
 def count_nonfinite(gradient: Any) -> tf.Tensor:
     """Returns how many entries of a gradient, dense or `tf.IndexedSlices`, are NaN or infinite."""
     values = gradient.values if isinstance(gradient, tf.IndexedSlices) else gradient
-    return tf.math.count_nonzero(~tf.math.is_finite(values))
+    return tf.math.reduce_sum(tf.cast(~tf.math.is_finite(values), tf.int64))

@@ -279,23 +279,26 @@ class Problem:
         if self._guard is Guard.ALWAYS:
             function()
             return
+        # A sum is finite only if all entries are, and takes one op where looking at each takes several.
+        by_sum = sum_finite(gradients)
+        counts = tf.cond(
+            by_sum | (self._guard == Guard.BY_SUM),
+            lambda: tf.zeros([len(gradients)], tf.int64),
+            lambda: tf.stack([count_nonfinite(gradient) for gradient in gradients]),
+        )
         finite = tf.constant(True) if self.loss is None else tf.math.is_finite(self.loss)
         if not self._updater.scales:  # a scaled gradient that overflows is an ordinary event that the optimizer skips
-            finite &= tf.cond(
-                tf.equal(self._guard, Guard.BY_SUM), lambda: sum_finite(gradients), lambda: all_finite(gradients)
-            )
+            finite &= tf.where(self._guard == Guard.BY_SUM, by_sum, tf.reduce_all(tf.equal(counts, 0)))
         self.finite = finite if self.finite is None else self.finite & finite
 
         def update() -> Any:
             function()
-            return tf.zeros([len(gradients)], tf.int64)
+            return tf.constant(True)
 
-        def refuse() -> Any:
-            return tf.stack([count_nonfinite(gradient) for gradient in gradients])
-
-        counts = tf.cond((finite & (self._guard != Guard.NEVER)) | (self._guard >= Guard.BY_SUM), update, refuse)
+        allowed = (finite & (self._guard != Guard.NEVER)) | (self._guard >= Guard.BY_SUM)
+        tf.cond(allowed, update, lambda: tf.constant(False))
         self.suspects += [(variable_name(v), int(np.prod(v.shape))) for v in variables]
-        self.counts += [counts[n] for n in range(len(gradients))]
+        self.counts.append(counts)
 
 
 # What may raise inside the objective, and must do so before anything is updated.

@@ -235,6 +235,45 @@ def test_the_pace_follows_the_speed_and_grows_by_bounded_factors():
     assert pace.limit() == 1
 
 
+def test_the_pace_does_not_take_a_slow_call_for_slow_steps():
+    pace = _drivers.Pace()
+    pace.observe(1, 1e-6)
+    assert not pace.call_matters
+    pace.observe(1, 0.04)
+    assert pace.call_matters and pace.limit() == 1
+    pace.call = 0.039
+    pace.observe(1, 0.04)
+    assert not pace.call_matters and pace.limit() == 16
+
+
+def test_many_variables_are_not_stepped_one_by_one(monkeypatch):
+    """Handing over is made slow here; with a thousand variables it is."""
+    x, lengths = tf.Variable(np.zeros(2)), []
+    chunk, advance = _drivers.CompiledDriver._chunk, _drivers.CompiledDriver.advance
+
+    def slow(self, program, portion):
+        call, captured, queue = chunk(self, program, portion)
+
+        def slow_call(*arguments):
+            time.sleep(0.03)
+            return call(*arguments)
+
+        return slow_call, captured, queue
+
+    def seen(self, state, limit, *arguments):
+        lengths.append(limit)
+        return advance(self, state, limit, *arguments)
+
+    monkeypatch.setattr(_drivers.CompiledDriver, "_chunk", slow)
+    monkeypatch.setattr(_drivers.CompiledDriver, "advance", seen)
+    loop = tk.OptimizationLoop("sgd", max_iterations=200)
+    loss = lambda: tf.reduce_sum((x - 4.0) ** 2)  # noqa: E731
+    loop.minimize(loss, [x])
+    lengths.clear()
+    assert loop.minimize(loss, [x]).steps == 200
+    assert len(lengths) < 10
+
+
 def _fallback_run(loss, variables, caplog, **settings):
     loop = tk.OptimizationLoop(keras.optimizers.SGD(0.1), max_iterations=20, **settings)
     with caplog.at_level(logging.WARNING, logger="tapekit"):
