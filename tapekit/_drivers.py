@@ -223,6 +223,10 @@ class _Packed(NamedTuple):
     state: State
 
 
+_INTEGERS, _FLOATS = 4, 1
+"""How many of those, which come before the state."""
+
+
 class _Program:
     """A step traced for batches of one shape, and the compiled loops around it."""
 
@@ -373,7 +377,7 @@ class CompiledDriver(Driver):
         A stream may raise after some steps, and then nothing comes out of the loop but what has gone into the queue:
         the state and the record of each step.
         """
-        packing, capacity, batch_of = self._packing, program.capacity, portion.batch
+        capacity, batch_of = program.capacity, portion.batch
         rows = program.step.structured_outputs[1]
         # The batches of a stream come from outside of what XLA compiles, so there it is the step that is compiled, and
         # each tensor that goes through the loop beside it costs time.
@@ -420,7 +424,7 @@ class CompiledDriver(Driver):
                 for name, row in rows.items()
                 if queue is None
             }
-            leaves = hold(packing.unpack(integers, floats).state)
+            leaves = hold(self._unpack(integers, floats))
             verdict = Verdict(tf.constant(0), (), no_counts)
             start = (tf.constant(0, tf.int64), verdict, tf.constant(False), leaves, records)
             end = tf.while_loop(proceed, advance, start, parallel_iterations=1)
@@ -430,7 +434,7 @@ class CompiledDriver(Driver):
             fired = tf.where(finite, verdict.fired, verdict.fired - _NOT_FINITE)
             known = (fired != 0) & finite
             loss = tf.cond(known, lambda: self.traced_loss(), lambda: unknown) if self.traced_loss else unknown
-            integers, floats = packing.pack([taken, fired, loss, exhausted, finite, *release(leaves)])
+            integers, floats = self._packing.pack([taken, fired, loss, exhausted, finite, *release(leaves)])
             return integers, floats, verdict.counts, {name: record.stack() for name, record in records.items()}
 
         limit, clock = tf.TensorSpec([], tf.int64), tf.TensorSpec([], tf.float64)
@@ -457,11 +461,15 @@ class CompiledDriver(Driver):
 
         return tf.function(step, autograph=False, jit_compile=program.jit), pack, unpack
 
+    def _unpack(self, integers: Any, floats: Any) -> Any:
+        """Returns, inside a graph, the state that comes after the rest of what is packed."""
+        return self._state_packing.unpack(integers[_INTEGERS:], floats[_FLOATS:])
+
     def begin(self, state: State | None = None) -> tuple[tf.Tensor, tf.Tensor]:
         """Returns the state, packed."""
         if state is None:
             return self._packing.initial
-        return self._packing.pack(tree.flatten(self._packing.structure._replace(state=state)))
+        return self._packing.pack_numbers(self._packing.structure._replace(state=state))
 
     def read(self, state: tuple[tf.Tensor, tf.Tensor]) -> State:
         """Returns the state as Python numbers and NumPy arrays."""
@@ -570,7 +578,7 @@ class CompiledDriver(Driver):
             batch_of: Any = portion.batch
 
             def refuse(integers, floats, seconds, feed, n):
-                leaves = tree.flatten(self._packing.unpack(integers, floats).state)
+                leaves = tree.flatten(self._unpack(integers, floats))
                 verdict = program.step(seconds, leaves, batch_of(feed, n), tf.constant(Guard.NEVER, tf.int32))[2]
                 return verdict.finite, verdict.counts
 

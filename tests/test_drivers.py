@@ -240,10 +240,12 @@ def test_the_pace_does_not_take_a_slow_call_for_slow_steps():
     pace.observe(1, 1e-6)
     assert not pace.call_matters
     pace.observe(1, 0.04)
-    assert pace.call_matters and pace.limit() == 1
+    assert pace.call_matters
+    assert pace.limit() == 1
     pace.call = 0.039
     pace.observe(1, 0.04)
-    assert not pace.call_matters and pace.limit() == 16
+    assert not pace.call_matters
+    assert pace.limit() == 16
 
 
 def test_many_variables_are_not_stepped_one_by_one(monkeypatch):
