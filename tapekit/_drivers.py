@@ -241,6 +241,7 @@ class _Program:
         self.jit = False
         self.written = written(step)
         """The variables that it changes."""
+        self._reads, self._reader = 0, None
         self.draws = bool(op_types(step) & DRAWING)
         """Whether it draws random numbers of which nobody could draw the same again."""
         self.records = list(step.structured_outputs[1])
@@ -249,6 +250,19 @@ class _Program:
         """The step made without an update, traced once a step has not been finite."""
         self.overflows = False
         """Whether finite gradients have had a sum that is not, so that each entry must be looked at."""
+
+    OFTEN = 100
+    """After how many reads a function is worth being traced that does one in a fraction of the time."""
+
+    def values(self) -> list[tf.Tensor]:
+        """Returns the values of what the step changes."""
+        self._reads += 1
+        if len(self.written) <= 4 or self._reads <= self.OFTEN:
+            return [read_variable(variable) for variable in self.written]
+        if self._reader is None:
+            reader = tf.function(lambda: [read_variable(v) for v in self.written], autograph=False)
+            self._reader = reader.get_concrete_function()
+        return self._reader._call_flat([], self._reader.captured_inputs)
 
 
 class CompiledDriver(Driver):
@@ -351,13 +365,15 @@ class CompiledDriver(Driver):
         self._pace = Pace()
 
     def _seconds(self, program: _Program, portion: Portion) -> float:
-        """Returns how long a step takes once it is compiled."""
-        times = []
+        """Returns how long a step takes once it is compiled, without the call of a chunk, which long ones share."""
+        more = min(3, portion.length or 3)
+        times: dict[int, list[float]] = {1: [], more: []}
         for _ in range(4):
-            started = time.perf_counter()
-            self.advance(self.begin(), 1, 0.0, portion)
-            times.append(time.perf_counter() - started)
-        return min(times[1:])
+            for limit, found in times.items():
+                started = time.perf_counter()
+                self.advance(self.begin(), limit, 0.0, portion)
+                found.append(time.perf_counter() - started)
+        return max(0.0, min(times[more][1:]) - min(times[1][1:])) / (more - 1)
 
     def _fall_back(self, why: str, level: int = logging.WARNING) -> None:
         self._jit = False
@@ -492,7 +508,7 @@ class CompiledDriver(Driver):
         call, captured, queue = program.chunks[key]
         limit = min(limit, program.capacity)
         clock = _constant(seconds if "seconds" in self.body.needs else 0.0, tf.float64)
-        before = [read_variable(v) for v in program.written if undoes]
+        before = program.values() if undoes else []
         started = time.perf_counter()
         try:
             integers, floats, counts, records = call([_constant(limit, tf.int64), clock, *state, *feed], captured)

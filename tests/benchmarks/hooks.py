@@ -7,6 +7,8 @@ import tempfile
 from collections.abc import Iterator
 from typing import Any
 
+import tensorflow as tf
+
 import tapekit as tk
 from tests.benchmarks import functions, models
 from tests.benchmarks.harness import OURS, Peer, Table, compare
@@ -70,4 +72,6 @@ def tables(quick: bool) -> Iterator[Table]:
             for name, (callbacks, settings) in looks(folder).items()
             if "norm" not in name
         ]
+        batches = tf.data.Dataset.from_tensor_slices((data["x"], data["y"])).batch(32).prefetch(4)
+        peers.insert(0, Peer("tf.function step by hand", models.by_hand("dense", batches, count), count // 32))
         yield compare("dense model, looked at", peers, 1 if quick else 5, 1e-3)
