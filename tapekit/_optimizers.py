@@ -269,22 +269,12 @@ def sum_finite(gradients: Sequence[Any]) -> tf.Tensor:
 
     XLA computes a gradient once for a sum of it, and once for each use of it beside any look at its entries.
     """
-    return tf.math.is_finite(tf.add_n([tf.zeros([], tf.float64), *(_sum(_values(g)) for g in gradients)]))
+    sums = [tf.cast(tf.reduce_sum(_values(gradient)), tf.float64) for gradient in gradients]
+    return tf.math.is_finite(tf.add_n([tf.zeros([], tf.float64), *sums]))
 
 
 def _values(gradient: Any) -> tf.Tensor:
     return tf.convert_to_tensor(gradient.values if isinstance(gradient, tf.IndexedSlices) else gradient)
-
-
-def _sum(values: tf.Tensor) -> tf.Tensor:
-    size = values.shape.num_elements() or 1
-    folds = next((folds for folds in _FOLDS if size % folds == 0), 1) if size >= _LARGE else 1
-    if folds > 1:  # XLA adds one entry after the other in a whole sum; sums side by side take half the time
-        values = tf.reduce_sum(tf.reshape(values, [folds, -1]), axis=0)
-    return tf.cast(tf.reduce_sum(values), tf.float64)
-
-
-_LARGE, _FOLDS = 1 << 12, (32, 25, 20, 16, 10, 8)
 
 
 def _get_optimizer(optimizer: Any) -> Any:
