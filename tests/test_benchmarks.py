@@ -26,7 +26,7 @@ def peers(calls, losses=(2.0, 2.0)):
     return [peer(name, loss) for name, loss in zip((OURS, "other"), losses, strict=True)]
 
 
-def test_peers_take_turns_and_are_reset_before_each_run():
+def test_peers_take_turns_and_are_reset_before_each_run(clock):
     calls = []
     compare("work", peers(calls), rounds=2, tolerance=0.0)
     assert calls == [f"reset {OURS}", OURS, "reset other", "other"] * 4  # the first, one to warm up, and two
@@ -37,9 +37,17 @@ def test_the_first_run_and_those_that_warm_up_are_apart(clock):
     assert [(row.cold, row.warm) for row in table.rows] == [(1.0, [1.0] * 3)] * 2
 
 
+def test_a_turn_of_short_runs_is_their_mean(monkeypatch):
+    calls, hundredths = [], itertools.count()
+    monkeypatch.setattr(time, "perf_counter", lambda: 0.01 * next(hundredths))
+    table = compare("work", peers(calls), rounds=3, tolerance=0.0)
+    assert calls.count(OURS) == 2 + 3 * 5  # turns of 0.05 s
+    assert [row.warm for row in table.rows] == [pytest.approx([0.01] * 3)] * 2
+
+
 def test_peers_that_come_to_different_losses_are_refused_before_they_are_timed():
     calls = []
-    sentence = "work: the loss of other must be tapekit's 2 to 1e-06, received 2.1."
+    sentence = "work: the loss of other must be the 2 of tapekit to 1e-06, received 2.1."
     with pytest.raises(DifferentWorkError, match=re.escape(sentence)):
         compare("work", peers(calls, (2.0, 2.1)), rounds=2, tolerance=1e-6)
     assert calls.count("other") == 1

@@ -16,7 +16,7 @@ import json
 import time
 from pathlib import Path
 
-from tests.benchmarks import cold, functions, growth, hooks, models, tape
+from tests.benchmarks import cold, functions, growth, hooks, limits, models, tape
 from tests.benchmarks.chart import draw
 from tests.benchmarks.harness import PACKAGES, Table, machine, versions
 
@@ -27,7 +27,11 @@ GROUPS = {
     "tape": tape.tables,
     "growth": growth.tables,
     "cold": cold.tables,
+    "limits": limits.tables,
 }
+
+DRAWN = ("functions", "models", "tape", "cold")
+"""Those with others to compare with."""
 
 
 def main() -> None:
@@ -42,10 +46,13 @@ def main() -> None:
     about = {"date": datetime.date.today().isoformat(), **machine(), "versions": versions()}
     print("missing:", ", ".join(package for package in PACKAGES if package not in versions()) or "nothing")
     tables: list[Table] = []
+    drawn: list[Table] = []
     for group in arguments.only:
         for table in GROUPS[group](arguments.quick):
             print(f"\n{table.markdown()}", flush=True)
             tables.append(table)
+            if group in DRAWN:
+                drawn.append(table)
     print(f"\n{len(tables)} tables in {time.perf_counter() - started:.0f} s")
 
     arguments.output.mkdir(parents=True, exist_ok=True)
@@ -54,7 +61,7 @@ def main() -> None:
     (arguments.output / "table.md").write_text(f"{text}\n", encoding="utf-8")
     results = {**about, "tables": [table.as_json() for table in tables]}
     (arguments.output / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
-    draw(tables, arguments.output / "chart.png")
+    draw(drawn, arguments.output / "chart.png")
 
 
 if __name__ == "__main__":
