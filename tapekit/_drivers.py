@@ -230,6 +230,9 @@ _INTEGERS, _FLOATS = 4, 1
 class _Program:
     """A step traced for batches of one shape, and the compiled loops around it."""
 
+    OFTEN = 100
+    """After how many reads a function is worth being traced that does one in a fraction of the time."""
+
     def __init__(self, step: Any, portion: Portion, tries: bool) -> None:
         self.step = step
         self.may_jit = portion.batch is not None or not tries
@@ -241,7 +244,6 @@ class _Program:
         self.jit = False
         self.written = written(step)
         """The variables that it changes."""
-        self._reads, self._reader = 0, None
         self.draws = bool(op_types(step) & DRAWING)
         """Whether it draws random numbers of which nobody could draw the same again."""
         self.records = list(step.structured_outputs[1])
@@ -250,9 +252,9 @@ class _Program:
         """The step made without an update, traced once a step has not been finite."""
         self.overflows = False
         """Whether finite gradients have had a sum that is not, so that each entry must be looked at."""
-
-    OFTEN = 100
-    """After how many reads a function is worth being traced that does one in a fraction of the time."""
+        self._reads = 0
+        self._reader: Any = None
+        """A function that gives the values of `written`, once it has paid to trace it."""
 
     def values(self) -> list[tf.Tensor]:
         """Returns the values of what the step changes."""
@@ -533,7 +535,7 @@ class CompiledDriver(Driver):
                     variable.assign(value)
                 before_it = call([_constant(taken - 1, tf.int64), clock, *state, *feed], captured)[:2]
                 finite, counts = self._refuse(program, portion, before_it, clock, taken - 1)
-                if finite:
+                if finite and not program.overflows:
                     return self._look_closer(program, state, before_it, records, taken - 1, limit, seconds, portion)
             culprits = _culprits(self.body, to_array(counts))
         elif not fresh and taken:
@@ -561,7 +563,8 @@ class CompiledDriver(Driver):
         program.on_trial, program.may_jit = False, True
         same = portion._replace(feed=iter(tf.data.Dataset.from_tensors(batch).repeat()))
         self._set(program, self._period, same)
-        self._try_both(program, same)
+        if program.jit:  # else the batch is a lone one
+            self._try_both(program, same)
         self._set(program, self._period, same)
         return self.advance(state, 1, seconds, same)
 

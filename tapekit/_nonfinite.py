@@ -10,6 +10,7 @@ import tensorflow as tf
 
 from tapekit._config import Configurable
 from tapekit._describe import check_integer, check_real, describe
+from tapekit._tensors import gradient_values
 
 
 class Guard(enum.IntEnum):
@@ -68,5 +69,4 @@ def check_on_nonfinite(value: Any) -> str | Rollback:
 
 def count_nonfinite(gradient: Any) -> tf.Tensor:
     """Returns how many entries of a gradient, dense or `tf.IndexedSlices`, are NaN or infinite."""
-    values = gradient.values if isinstance(gradient, tf.IndexedSlices) else gradient
-    return tf.math.reduce_sum(tf.cast(~tf.math.is_finite(values), tf.int64))
+    return tf.reduce_sum(tf.cast(~tf.math.is_finite(gradient_values(gradient)), tf.int64))

@@ -12,7 +12,7 @@ import tensorflow as tf
 
 from tapekit._describe import describe, variable_name
 from tapekit._objective import keras_variable
-from tapekit._tensors import KerasVariable, map_values, tf_variable
+from tapekit._tensors import KerasVariable, gradient_values, map_values, tf_variable
 
 
 def minimize(optimizer: Any, loss: Any, var_list: Any, tape: tf.GradientTape | None = None) -> Any:
@@ -260,7 +260,7 @@ def all_finite(gradients: Sequence[Any]) -> tf.Tensor:
     """Returns whether no gradient, dense or `tf.IndexedSlices`, holds a NaN or an infinity."""
     finite = tf.constant(True)
     for gradient in gradients:
-        finite &= tf.reduce_all(tf.math.is_finite(_values(gradient)))
+        finite &= tf.reduce_all(tf.math.is_finite(gradient_values(gradient)))
     return finite
 
 
@@ -269,12 +269,8 @@ def sum_finite(gradients: Sequence[Any]) -> tf.Tensor:
 
     XLA computes a gradient once for a sum of it, and once for each use of it beside any look at its entries.
     """
-    sums = [tf.cast(tf.reduce_sum(_values(gradient)), tf.float64) for gradient in gradients]
+    sums = [tf.cast(tf.reduce_sum(gradient_values(gradient)), tf.float64) for gradient in gradients]
     return tf.math.is_finite(tf.add_n([tf.zeros([], tf.float64), *sums]))
-
-
-def _values(gradient: Any) -> tf.Tensor:
-    return tf.convert_to_tensor(gradient.values if isinstance(gradient, tf.IndexedSlices) else gradient)
 
 
 def _get_optimizer(optimizer: Any) -> Any:

@@ -34,6 +34,11 @@ def to_array(tensor: tf.Tensor) -> np.ndarray:
     return np.asarray(tensor.numpy())
 
 
+def gradient_values(gradient: Any) -> tf.Tensor:
+    """Returns the numbers that a gradient holds, dense or `tf.IndexedSlices`."""
+    return tf.convert_to_tensor(gradient.values if isinstance(gradient, tf.IndexedSlices) else gradient)
+
+
 def map_values(function: Callable[[Any], Any], gradient: Any) -> Any:
     """Applies an elementwise `function` that maps sums to sums to a gradient, dense, `tf.IndexedSlices` or None."""
     if isinstance(gradient, tf.IndexedSlices):

@@ -357,6 +357,18 @@ def _trained(model, dataset, **settings):
     return result, [program.jit for program in driver._programs.values()], loop.traces
 
 
+def test_a_stream_may_have_one_batch_an_epoch():
+    def model():
+        keras.utils.set_random_seed(1)
+        return compiled(functional(), keras.optimizers.Adam(0.1))
+
+    by_keras, ours = model(), model()
+    settings = {"epochs": 3, "steps_per_epoch": 1, "shuffle": False, "verbose": 0}
+    history = by_keras.fit(_stream().repeat(), **settings).history["loss"]
+    result = tk.OptimizationLoop().fit(ours, _stream().repeat(), **settings)
+    np.testing.assert_allclose(result.epoch_history["loss"], history, rtol=1e-5)
+
+
 def test_the_step_of_a_stream_is_compiled_by_xla_and_no_batch_is_lost_for_the_trial():
     def model():
         keras.utils.set_random_seed(1)

@@ -14,6 +14,7 @@ import pytest
 import tensorflow as tf
 
 import tapekit as tk
+from tapekit import _drivers
 
 DRIVERS = {
     "xla": {},
@@ -86,6 +87,20 @@ def test_finite_gradients_whose_sum_overflows_are_finite(driver, size):
     np.testing.assert_allclose(losses[:5], [1.0, 0.99, 0.98, 0.97, 0.96], rtol=1e-6)
     np.testing.assert_allclose(losses[5], -1e305, rtol=1e-6)
     np.testing.assert_allclose(x, -2e305, rtol=1e-6)
+
+
+def test_a_look_that_disagrees_with_the_chunk_is_taken_once(monkeypatch):
+    """XLA and a graph may round a gradient to an infinity and to a number."""
+    looks = []
+
+    def all_is_finite(self, *arguments):
+        looks.append(arguments)
+        return True, tf.zeros([2], tf.int64)
+
+    monkeypatch.setattr(_drivers.CompiledDriver, "_refuse", all_is_finite)
+    _, result = _run(Problem(BAD), 50, "xla")
+    assert (result.reason, result.steps) == (tk.StopReason.NOT_FINITE, BAD)
+    assert len(looks) == 2
 
 
 @pytest.mark.parametrize("driver", DRIVERS)

@@ -45,14 +45,12 @@ def main() -> None:
     started = time.perf_counter()
     about = {"date": datetime.date.today().isoformat(), **machine(), "versions": versions()}
     print("missing:", ", ".join(package for package in PACKAGES if package not in versions()) or "nothing")
-    tables: list[Table] = []
-    drawn: list[Table] = []
+    found: list[tuple[str, Table]] = []
     for group in arguments.only:
         for table in GROUPS[group](arguments.quick):
             print(f"\n{table.markdown()}", flush=True)
-            tables.append(table)
-            if group in DRAWN:
-                drawn.append(table)
+            found.append((group, table))
+    tables = [table for _, table in found]
     print(f"\n{len(tables)} tables in {time.perf_counter() - started:.0f} s")
 
     arguments.output.mkdir(parents=True, exist_ok=True)
@@ -61,7 +59,7 @@ def main() -> None:
     (arguments.output / "table.md").write_text(f"{text}\n", encoding="utf-8")
     results = {**about, "tables": [table.as_json() for table in tables]}
     (arguments.output / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
-    draw(drawn, arguments.output / "chart.png")
+    draw([table for group, table in found if group in DRAWN], arguments.output / "chart.png")
 
 
 if __name__ == "__main__":

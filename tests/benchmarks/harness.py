@@ -165,14 +165,15 @@ def compare(title: str, peers: Sequence[Peer], rounds: int, tolerance: float, wa
     for turn in range(1 + warm_up + rounds):
         for peer in peers:
             # After the others a short run finds nothing in the caches, which is no longer being warm.
-            repeats = min(MOST_IN_A_TURN, round(TURN / max(1e-9, times[peer.name][-1]))) if turn > warm_up else 1
+            last = times[peer.name][-1] if turn > warm_up else TURN
+            repeats = max(1, min(MOST_IN_A_TURN, round(TURN / max(1e-9, last))))
             seconds = 0.0
-            for _ in range(max(1, repeats)):
+            for _ in range(repeats):
                 peer.reset()
                 started = time.perf_counter()
                 loss = peer.run()
                 seconds += time.perf_counter() - started
-            times[peer.name].append(seconds / max(1, repeats))
+            times[peer.name].append(seconds / repeats)
             losses.setdefault(peer.name, loss)
         if turn == 0:
             known = {peer.name: loss for peer in peers if peer.is_compared and (loss := losses[peer.name]) is not None}
