@@ -35,7 +35,7 @@ DRAWN = ("functions", "models", "tape", "cold")
 
 
 def main() -> None:
-    """Measures, prints each table as it comes, and writes table.md, results.json and chart.png."""
+    """Measures, prints each table as it comes, and writes table.md, results.json and, of those with peers, chart.png."""
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="little work, once: that everyone comes to the same loss")
     parser.add_argument("--only", nargs="+", choices=GROUPS, default=list(GROUPS), help="which groups")
@@ -59,7 +59,8 @@ def main() -> None:
     (arguments.output / "table.md").write_text(f"{text}\n", encoding="utf-8")
     results = {**about, "tables": [table.as_json() for table in tables]}
     (arguments.output / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
-    draw([table for group, table in found if group in DRAWN], arguments.output / "chart.png")
+    if drawn := [table for group, table in found if group in DRAWN]:
+        draw(drawn, arguments.output / "chart.png")
 
 
 if __name__ == "__main__":
