@@ -35,7 +35,7 @@ DRAWN = ("functions", "models", "tape", "cold")
 
 
 def main() -> None:
-    """Measures, prints each table as it comes, and writes table.md, results.json and, of those with peers, chart.png."""
+    """Measures, prints each table as it comes, and writes table.md, results.json and, if there are peers, chart.png."""
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="little work, once: that everyone comes to the same loss")
     parser.add_argument("--only", nargs="+", choices=GROUPS, default=list(GROUPS), help="which groups")
