@@ -894,7 +894,7 @@ def test_a_list_of_callbacks_of_the_users_own_serves_several_fits_and_models():
 
 def test_more_criteria_than_a_step_has_bits_for_are_refused():
     model = make_model(**EAGER)
-    with pytest.raises(ValueError, match=r"^`stopping` must hold at most 28 criteria, received 32\.$"):
+    with pytest.raises(ValueError, match=r"^`stopping` must hold at most 27 criteria, received 32\.$"):
         fit(model, [StopWhen(stopping.LossBelow(0.0)) for _ in range(32)])
     assert taken(model) == 0
 
