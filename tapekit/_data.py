@@ -7,7 +7,7 @@ import random
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import keras
 import numpy as np
@@ -19,34 +19,8 @@ from keras.src.trainers.data_adapters.generator_data_adapter import GeneratorDat
 from keras.src.trainers.data_adapters.tf_dataset_adapter import TFDatasetAdapter
 from keras.src.trainers.epoch_iterator import EpochIterator
 
+from tapekit._batches import Portion, Stream
 from tapekit._random_state import host_random_state, set_host_random_state
-
-
-class Portion(NamedTuple):
-    """Batches of one shape that follow each other.
-
-    Attributes:
-        key: tells batches of one shape from those of another.
-        spec: the `tf.TypeSpec`s of a batch.
-        size: how many samples a batch has; 0 if that may differ.
-        feed: what a compiled chunk is given to find its batches in, a structure of tensors or an iterator.
-        length: how many batches there are at most; `None` if that is not known.
-        batch: inside a graph, `batch(feed, n)` is the n-th batch of the portion; `None` for a stream, whose
-            batches come one after the other.
-        take: `take()` is the next batch, a structure of tensors; raises `StopIteration` when there is none.
-    """
-
-    key: str = ""
-    spec: Any = ()
-    size: int = 0
-    feed: Any = ()
-    length: int | None = None
-    batch: Callable[[Any, Any], Any] | None = lambda feed, n: ()
-    take: Callable[[], Any] = lambda: ()
-
-
-NO_DATA = Portion()
-"""What an objective gets that is a function of no arguments."""
 
 
 class _DevicePass:
@@ -93,20 +67,19 @@ class _StreamPass:
     """One pass over a `tf.data.Dataset`."""
 
     def __init__(self, dataset: Any) -> None:
-        self._iterator = iter(dataset)
-        self._key = repr(dataset.element_spec)
+        self._stream = Stream(iter(dataset))
 
     def portion(self) -> Portion:
         """Returns the batches that are left."""
-        return Portion(self._key, self._iterator.element_spec, 0, self._iterator, None, None, self._iterator.__next__)
+        return self._stream.portion()
 
     def advance(self, count: int) -> None:
-        """The iterator knows where it is."""
+        """The stream knows where it is."""
 
     def skip(self, count: int) -> None:
         """Takes `count` batches that nobody needs."""
         for _ in range(count):
-            next(self._iterator)
+            self._stream.take()
 
 
 class _Source:

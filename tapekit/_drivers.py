@@ -12,8 +12,8 @@ import numpy as np
 import tensorflow as tf
 from keras import tree
 
+from tapekit._batches import NO_DATA, Portion, Stream
 from tapekit._body import State, StepBody, Verdict
-from tapekit._data import NO_DATA, Portion
 from tapekit._nonfinite import Guard
 from tapekit._objective import read_variables, used_variables
 from tapekit._packing import Packing, number
@@ -233,12 +233,14 @@ class _Program:
     OFTEN = 100
     """After how many reads a function is worth being traced that does one in a fraction of the time."""
 
-    def __init__(self, step: Any, portion: Portion, tries: bool) -> None:
+    def __init__(self, step: Any, portion: Portion, strict: bool) -> None:
         self.step = step
-        self.may_jit = portion.batch is not None or not tries
-        """Whether XLA may compile it: what it refuses would be lost to a stream, so there it is tried first."""
-        self.on_trial = not self.may_jit and all(_has_one_shape(spec) for spec in tree.flatten(portion.spec) if spec)
-        """Whether XLA is to be tried on the next batch; never where it would compile each of many shapes."""
+        self.stacks = portion.batch is None and all(
+            strict or _has_one_shape(spec) for spec in tree.flatten(portion.spec)
+        )
+        """Whether XLA may compile it for a stream, whose batches are stacked for that: not where each had its shape."""
+        self.shape: Any = None
+        """What the first of them was like."""
         self.chunks: dict[Any, tuple[Any, Any, Any]] = {}
         self.capacity = 1
         self.jit = False
@@ -306,7 +308,7 @@ class CompiledDriver(Driver):
             specs = [tf.TensorSpec(leaf.shape, leaf.dtype) for leaf in tree.flatten(self.body.initial)]
             trace = tf.function(self._trace, autograph=False)
             step = trace.get_concrete_function(clock, specs, portion.spec, tf.TensorSpec([], tf.int32))
-            self._programs[key] = _Program(step, portion, self._tries)
+            self._programs[key] = _Program(step, portion, self._strict)
             self._choose(op_types(step))
             self._set(self._programs[key], period, portion)
             if self._programs[key].jit and self._tries and portion.key and portion.batch:
@@ -316,7 +318,7 @@ class CompiledDriver(Driver):
     def _set(self, program: _Program, period: int, portion: Portion) -> None:
         self._period = min(period, self._longest)
         is_worth_it = self._strict or portion.length != 1  # a lone batch is not worth a compilation
-        program.jit = self._jit and is_worth_it and (program.may_jit or portion.batch is not None)
+        program.jit = self._jit and is_worth_it and (program.stacks or portion.batch is not None)
         program.capacity = self._capacity(program)
 
     @property
@@ -383,7 +385,8 @@ class CompiledDriver(Driver):
 
     def _capacity(self, program: _Program) -> int:
         """The number of rows that a chunk has room for: as many as it can have steps, within bounds."""
-        rows = min(self._period, self.MOST if program.jit else self.MOST_IN_GRAPH)
+        most = self.MOST_IN_GRAPH if not program.jit else Stream.MOST if program.stacks else self.MOST
+        rows = min(self._period, most)
         rows += -rows % self.LEAST
         specs = program.step.structured_outputs[1].values()
         row_bytes = sum(spec.dtype.size * spec.shape.num_elements() for spec in specs)
@@ -397,17 +400,15 @@ class CompiledDriver(Driver):
         """
         capacity, batch_of = program.capacity, portion.batch
         rows = program.step.structured_outputs[1]
-        # The batches of a stream come from outside of what XLA compiles, so there it is the step that is compiled, and
-        # each tensor that goes through the loop beside it costs time.
-        step, hold, release = (program.step, tree.flatten, list) if batch_of else self._packed(program)
+        step = program.step
 
         # XLA would wait for the check before every update and copy what it updates. There every update is made, and if
         # the last step of the chunk turns out not to be finite, the host undoes it all and goes as far as was right.
         undoes = self._undoes(program, portion)
         chunk_guard = (Guard.ALWAYS if program.overflows else Guard.BY_SUM) if undoes else Guard.FINITE
-        parts = [*hold(self.body.initial), *rows.values()]
         queue = None
         if batch_of is None:
+            parts = [*tree.flatten(self.body.initial), *rows.values()]
             queue = tf.queue.FIFOQueue(capacity, [part.dtype for part in parts], [part.shape for part in parts])
 
         def run(limit, seconds, integers, floats, feed):
@@ -442,7 +443,7 @@ class CompiledDriver(Driver):
                 for name, row in rows.items()
                 if queue is None
             }
-            leaves = hold(self._unpack(integers, floats))
+            leaves = tree.flatten(self._unpack(integers, floats))
             verdict = Verdict(tf.constant(0), (), no_counts)
             start = (tf.constant(0, tf.int64), verdict, tf.constant(False), leaves, records)
             end = tf.while_loop(proceed, advance, start, parallel_iterations=1)
@@ -452,32 +453,16 @@ class CompiledDriver(Driver):
             fired = tf.where(finite, verdict.fired, verdict.fired - _NOT_FINITE)
             known = (fired != 0) & finite
             loss = tf.cond(known, lambda: self.traced_loss(), lambda: unknown) if self.traced_loss else unknown
-            integers, floats = self._packing.pack([taken, fired, loss, exhausted, finite, *release(leaves)])
+            integers, floats = self._packing.pack([taken, fired, loss, exhausted, finite, *leaves])
             return integers, floats, verdict.counts, {name: record.stack() for name, record in records.items()}
 
         limit, clock = tf.TensorSpec([], tf.int64), tf.TensorSpec([], tf.float64)
         specs = [tf.TensorSpec(part.shape, part.dtype) for part in self.begin()]
         feed: Any = tf.nest.map_structure(_spec, portion.feed) if batch_of else tf.data.IteratorSpec(portion.spec)
-        compiled = tf.function(run, autograph=False, jit_compile=program.jit and batch_of is not None)
+        compiled = tf.function(run, autograph=False, jit_compile=self._compiles(program, portion))
         function = compiled.get_concrete_function(limit, clock, *specs, feed)
         # The public call spends 35 us on matching arguments to the signature, a third of a live step.
         return function._call_flat, function.captured_inputs, queue
-
-    def _packed(self, program: _Program) -> tuple[Any, Any, Any]:
-        """Returns the step of a program, compiled by itself, on a state of two vectors; what packs it, and unpacks."""
-
-        def pack(state: Any) -> list[Any]:
-            return list(self._state_packing.pack(tree.flatten(state)))
-
-        def unpack(leaves: Any) -> list[Any]:
-            integers, floats = leaves
-            return tree.flatten(self._state_packing.unpack(integers, floats))
-
-        def step(seconds: Any, leaves: Any, batch: Any, guard: Any) -> Any:
-            leaves, row, verdict = program.step(seconds, unpack(leaves), batch, guard)
-            return pack(leaves), row, verdict
-
-        return tf.function(step, autograph=False, jit_compile=program.jit), pack, unpack
 
     def _unpack(self, integers: Any, floats: Any) -> Any:
         """Returns, inside a graph, the state that comes after the rest of what is packed."""
@@ -497,13 +482,33 @@ class CompiledDriver(Driver):
 
     def advance(self, state: tuple[tf.Tensor, tf.Tensor], limit: int, seconds: float, portion=NO_DATA) -> Advance:
         """Takes the steps in one call."""
-        program = self._programs[portion.key]
-        if program.on_trial and self._jit and portion.batch is None:
-            return self._begin_stream(program, state, seconds, portion)
+        program, stream = self._programs[portion.key], portion.stream
+        if stream is None or not (program.jit or stream.waiting):
+            return self._advance(program, state, limit, seconds, portion)
+        began = time.perf_counter()
+        try:
+            stacked = stream.stacked(limit, self._period)
+        except (StopIteration, tf.errors.OpError) as end:
+            error = None if isinstance(end, StopIteration) else end
+            evaluations = self.read(state).evaluations
+            return Advance(state, 0, 0, evaluations, {}, None, exhausted=error is None, error=error)
+        if program.shape is None and program.jit:
+            program.shape = stacked.size
+            if self._tries:
+                self._try_both(program, stacked._replace(length=None))
+                self._set(program, self._period, portion)
+                began = time.perf_counter()
+        chunk = self._advance(program, state, min(limit, stacked.length or 1), seconds, stacked, began)
+        stream.drop(chunk.taken)
+        return chunk
+
+    def _advance(self, program, state, limit, seconds, portion: Portion, began: float | None = None) -> Advance:
+        """Takes the steps with batches that are at hand, for which it `began` to wait, or that a graph reads."""
         feed = [leaf for leaf in tf.nest.flatten(portion.feed, expand_composites=True) if leaf is not None]
         undoes = self._undoes(program, portion)
         specs = [(part.shape, part.dtype) for part in feed]
-        key = program.jit, undoes, program.overflows, program.capacity, portion.size, *specs
+        jit = self._compiles(program, portion)
+        key = jit, undoes, program.overflows, program.capacity, portion.size, *specs
         fresh = key not in program.chunks
         if fresh:
             program.chunks[key] = self._chunk(program, portion)
@@ -517,7 +522,7 @@ class CompiledDriver(Driver):
         except tf.errors.OpError as error:
             if queue and (queue.size() or _FROM_DATA in str(error)):
                 return self._until(error, state, program, queue)
-            if not (fresh and program.jit):
+            if not (fresh and jit):
                 raise
             why = _cause(error)
             if self._strict:
@@ -539,7 +544,7 @@ class CompiledDriver(Driver):
                     return self._look_closer(program, state, before_it, records, taken - 1, limit, seconds, portion)
             culprits = _culprits(self.body, to_array(counts))
         elif not fresh and taken:
-            self._pace.observe(taken, time.perf_counter() - started)
+            self._pace.observe(taken, time.perf_counter() - (began or started))
             if self._pace.call_matters:  # a thousand variables take longer to hand over than to update
                 started = time.perf_counter()
                 call([_constant(0, tf.int64), clock, integers, floats, *feed], captured)
@@ -551,37 +556,24 @@ class CompiledDriver(Driver):
         exhausted, finite = bool(exhausted), bool(finite)
         return Advance((integers, floats), taken, fired, evaluations, columns, loss, exhausted, finite, culprits)
 
-    def _begin_stream(self, program: _Program, state: Any, seconds: float, portion: Portion) -> Advance:
-        """Takes the first step of a stream, once XLA has been tried on its batch."""
-        evaluations = self.read(state).evaluations
-        try:
-            batch = portion.take()
-        except StopIteration:
-            return Advance(state, 0, 0, evaluations, {}, None, exhausted=True)
-        except tf.errors.OpError as error:
-            return Advance(state, 0, 0, evaluations, {}, None, error=error)
-        program.on_trial, program.may_jit = False, True
-        same = portion._replace(feed=iter(tf.data.Dataset.from_tensors(batch).repeat()))
-        self._set(program, self._period, same)
-        if program.jit:  # else the batch is a lone one
-            self._try_both(program, same)
-        self._set(program, self._period, same)
-        return self.advance(state, 1, seconds, same)
-
     def _until(self, error: Exception, state: Any, program: _Program, queue: Any) -> Advance:
         """Returns the steps that were taken before the data has raised."""
         taken = int(queue.size())
         columns: dict[str, np.ndarray] = {}
         if taken:
-            parts = queue.dequeue_many(taken)
-            integers, floats, *rows = parts
-            columns = {name: to_array(part) for name, part in zip(program.records, rows, strict=True)}
-            state = self.begin(self._state_packing.read(integers[-1].numpy(), floats[-1].numpy()))
+            parts = [to_array(part) for part in queue.dequeue_many(taken)]
+            columns = dict(zip(program.records, parts[-len(program.records) :], strict=True))
+            last = [number(part[-1]) for part in parts[: -len(program.records)]]
+            state = self.begin(tree.pack_sequence_as(self.body.initial, last))
         return Advance(state, taken, 0, self.read(state).evaluations, columns, None, error=error)
+
+    def _compiles(self, program: _Program, portion: Portion) -> bool:
+        """Returns whether XLA compiles a chunk: not for the few batches of a stream that are unlike the first."""
+        return program.jit and (self._strict or program.shape in (None, portion.size))
 
     def _undoes(self, program: _Program, portion: Portion) -> bool:
         """Returns whether a chunk undoes itself, rather than each step look whether it may update anything."""
-        return self.body.guards and program.jit and portion.batch is not None and not program.draws
+        return self.body.guards and self._compiles(program, portion) and not program.draws
 
     def _look_closer(self, program, state, before_it, records, taken, limit, seconds, portion: Portion) -> Advance:
         """Goes on where finite gradients had a sum that is not, and looks at each entry from there on."""

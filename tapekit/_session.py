@@ -17,8 +17,8 @@ import tensorflow as tf
 from keras import tree
 
 from tapekit._arguments import check_count
+from tapekit._batches import Portion, Stream
 from tapekit._body import StepBody
-from tapekit._data import Portion
 from tapekit._drivers import Advance, Driver, logger, make_driver
 from tapekit._model import ModelObjective, TrainStep, build_model, updater_for
 from tapekit._records import row
@@ -55,6 +55,7 @@ class Session(keras.callbacks.Callback):
         self._started = 0.0
         self._keras_function: Any = None
         self._keeps_batches = False
+        self._stream: Stream | None = None
         self._batch: Any = None
 
     def greet(self, logs: Any = None) -> None:
@@ -178,7 +179,9 @@ class Session(keras.callbacks.Callback):
         """Returns the batches to come, or the next one alone where that is kept or all there is."""
         spec = getattr(iterator, "element_spec", None)
         if spec is not None and not self._keeps_batches:
-            return Portion(repr(spec), spec, 0, iterator, None, None, iterator.__next__)
+            if self._stream is None or self._stream.iterator is not iterator:
+                self._stream = Stream(iterator)
+            return self._stream.portion()
         batch = next(iterator, None)
         if batch is None:
             return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import logging
+import time
 
 import keras
 import numpy as np
@@ -15,6 +16,7 @@ from keras import layers, ops
 
 import tapekit as tk
 from tapekit import stopping
+from tapekit._batches import Stream
 
 DRIVERS = {"eager": {"run_eagerly": True}, "graph": {"jit_compile": False}, "xla": {"jit_compile": True}}
 SETTINGS = {"batch_size": 4, "epochs": 2, "shuffle": False, "verbose": 0}
@@ -393,6 +395,89 @@ def test_a_stream_of_batches_of_changing_shapes_runs_as_a_graph_since_xla_compil
         output_signature=(tf.TensorSpec((None, None, 3)), tf.TensorSpec((None, 1))),
     ))  # fmt: skip
     assert (result.steps, jit) == (6, [False])
+
+
+def _odd_stream(x=None):
+    """Batches of 3, 3, 3, 3, 3 and 1."""
+    features, targets = data()
+    return tf.data.Dataset.from_tensor_slices((features if x is None else x, targets)).batch(3)
+
+
+@pytest.mark.parametrize(("jit_compile", "compiled_chunks"), [("auto", [False, True]), (True, [True, True])])
+def test_of_a_stream_batches_of_another_size_are_compiled_by_xla_only_if_told_to(jit_compile, compiled_chunks):
+    by_keras, ours = (compiled(functional(kernel_initializer="ones"), "adam") for _ in range(2))
+    history = by_keras.fit(_odd_stream(), epochs=2, shuffle=False, verbose=0).history["loss"]
+    loop = tk.OptimizationLoop(jit_compile=jit_compile)
+    result = loop.fit(ours, _odd_stream(), epochs=2, shuffle=False, verbose=0)
+    np.testing.assert_allclose(result.epoch_history["loss"], history, rtol=1e-5)
+    (driver,) = loop._programs.values()
+    (program,) = driver._programs.values()
+    assert (result.steps, loop.traces, sorted(key[0] for key in program.chunks)) == (12, 1, compiled_chunks)
+
+
+@pytest.mark.parametrize("most_bytes", [1, 150])
+def test_how_many_batches_of_a_stream_are_stacked_changes_no_bit(monkeypatch, most_bytes):
+    def trained():
+        model = compiled(functional(kernel_initializer="ones"), "adam")
+        result = tk.OptimizationLoop(jit_compile=True).fit(model, _odd_stream(), epochs=2, shuffle=False, verbose=0)
+        return result.history["loss"], everything(model)
+
+    (losses, values), _ = trained(), monkeypatch.setattr(Stream, "BYTES", most_bytes)
+    other_losses, other_values = trained()
+    np.testing.assert_array_equal(losses, other_losses)
+    for one, other in zip(values, other_values, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_a_batch_in_the_middle_of_a_stream_that_is_not_finite_is_skipped_as_one_of_arrays():
+    x, y = data()
+    x[7] = np.nan
+    of_stream, of_arrays = (compiled(functional(kernel_initializer="ones"), "adam") for _ in range(2))
+    settings = {"on_nonfinite": "skip", "jit_compile": True}
+    more = {"epochs": 2, "shuffle": False, "verbose": 0}
+    streamed = tk.OptimizationLoop(**settings).fit(of_stream, _odd_stream(x), **more)
+    result = tk.OptimizationLoop(**settings).fit(of_arrays, x, y, batch_size=3, **more)
+    assert np.isnan(streamed.history["loss"]).tolist() == [step in (2, 8) for step in range(12)]
+    np.testing.assert_allclose(streamed.history["loss"], result.history["loss"], rtol=1e-6)
+    for one, other in zip(everything(of_stream), everything(of_arrays), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-6)
+
+
+def _counted(pause=0.0):
+    """Batches that count how many of them were asked for, none of which is made in advance."""
+    x, y = data()
+    made = []
+
+    def batches():
+        for n in itertools.count():
+            made.append(n)
+            time.sleep(pause)
+            yield x[:4], y[:4]
+
+    signature = tuple(tf.TensorSpec((4, width), tf.float32) for width in (3, 1))
+    options = tf.data.Options()
+    options.autotune.enabled = options.experimental_optimization.apply_default_optimizations = False
+    return tf.data.Dataset.from_generator(batches, output_signature=signature).with_options(options), made
+
+
+def test_a_stream_is_read_no_farther_than_to_the_step_that_somebody_sees():
+    class Watch(tk.Callback):
+        every = 5
+
+        def on_step(self, step, logs):
+            seen.append((step, len(made)))
+
+    (dataset, made), seen = _counted(), []
+    loop = tk.OptimizationLoop(jit_compile=True, max_iterations=20)
+    loop.fit(compiled(functional()), dataset, shuffle=False, verbose=0, callbacks=[Watch()])
+    assert seen == [(step, step) for step in (5, 10, 15, 20)]
+
+
+def test_a_slow_stream_is_not_waited_for_past_a_limit_of_time():
+    dataset, made = _counted(pause=0.02)
+    loop = tk.OptimizationLoop(jit_compile=True, stopping=stopping.WallTime(0.4))
+    assert loop.fit(compiled(functional()), dataset, shuffle=False, verbose=0).reason is tk.StopReason.LIMIT
+    assert len(made) <= (0.4 + 0.1) / 0.02 + 1, "each batch lasts at least 0.02 s, the overshoot at most 0.1 s"
 
 
 def test_a_stream_whose_step_xla_refuses_runs_as_a_graph_with_every_batch(caplog):

@@ -29,7 +29,7 @@ LAYERS = [
     {"_explain", "_nonfinite", "_interrupts"},
     {"stopping"},
     {"callbacks", "_tape"},
-    {"_objective", "_optimizers", "steps", "_data", "_model", "_arguments"},
+    {"_objective", "_optimizers", "steps", "_batches", "_data", "_model", "_arguments"},
     {"_body"},
     {"_drivers"},
     {"_memory"},

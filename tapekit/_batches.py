@@ -1,0 +1,145 @@
+"""Batches on their way to a driver: portions of one shape, and streams of which some are stacked for a chunk."""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import tensorflow as tf
+
+
+class Portion(NamedTuple):
+    """Batches of one shape that follow each other.
+
+    Attributes:
+        key: tells batches of one shape from those of another.
+        spec: the `tf.TypeSpec`s of a batch.
+        size: tells how many samples a batch has, as a number or as shapes; 0 if that may differ.
+        feed: what a compiled chunk is given to find its batches in, a structure of tensors or an iterator.
+        length: how many batches there are at most; `None` if that is not known.
+        batch: inside a graph, `batch(feed, n)` is the n-th batch of the portion; `None` for a stream, whose
+            batches come one after the other.
+        take: `take()` is the next batch, a structure of tensors; raises `StopIteration` when there is none.
+        stream: where the batches come from, if they are not all at hand.
+    """
+
+    key: str = ""
+    spec: Any = ()
+    size: Any = 0
+    feed: Any = ()
+    length: int | None = None
+    batch: Callable[[Any, Any], Any] | None = lambda feed, n: ()
+    take: Callable[[], Any] = lambda: ()
+    stream: Stream | None = None
+
+
+NO_DATA = Portion()
+"""What an objective gets that is a function of no arguments."""
+
+
+class Stream:
+    """The batches of an iterator over a `tf.data.Dataset`, each of which is read once.
+
+    Args:
+        iterator: where they come from.
+    """
+
+    MOST, BYTES = 64, 1 << 24
+    """How many batches are stacked at most, and how many bytes; two may have more."""
+
+    def __init__(self, iterator: Any) -> None:
+        self.iterator = iterator
+        self._spec = iterator.element_spec
+        self._key = repr(self._spec)
+        leaves = tf.nest.flatten(self._spec)
+        self._is_dense = all(isinstance(leaf, tf.TensorSpec) for leaf in leaves)
+        self._is_static = self._is_dense and all(leaf.shape.is_fully_defined() for leaf in leaves)
+        self._resource = getattr(iterator, "_iterator_resource", None) if self._is_dense else None
+        if self._is_dense:
+            self._types, self._shapes = [leaf.dtype for leaf in leaves], [leaf.shape for leaf in leaves]
+        self._waiting: collections.deque[Any] = collections.deque()
+        self._end: Exception | None = None
+
+    def portion(self) -> Portion:
+        """Returns the batches that are left."""
+        return Portion(self._key, self._spec, 0, self.iterator, None, None, self.take, self)
+
+    @property
+    def waiting(self) -> bool:
+        """Whether batches have been read that were not taken."""
+        return bool(self._waiting)
+
+    def take(self) -> Any:
+        """Returns the next batch; raises `StopIteration` when there is none."""
+        return tf.nest.pack_sequence_as(self._spec, self._waiting.popleft() if self._waiting else self._read())
+
+    def stacked(self, most: int, period: int) -> Portion:
+        """Returns the next batches of one shape, which stay the next ones until they are dropped.
+
+        Args:
+            most: how many, at most.
+            period: how many are ever asked for, at most, so that a compiled chunk needs no room for more.
+
+        Raises:
+            StopIteration: there are no more.
+            tf.errors.OpError: the pipeline has raised instead of giving the next one.
+        """
+        if not self._waiting:
+            self._waiting.append(self._read())
+        first = self._waiting[0]
+        room = 1
+        if self._is_dense:  # at least 2, since XLA rounds otherwise where there is nothing to choose from
+            room = max(2, min(period, self.MOST, self.BYTES // max(1, _bytes(first))))
+        batches = [first]
+        while len(batches) < min(most, room):
+            if len(batches) == len(self._waiting):
+                try:
+                    self._waiting.append(self._read())
+                except (StopIteration, tf.errors.OpError) as end:
+                    self._end = end  # to be raised when those before it have been taken
+                    break
+            following = self._waiting[len(batches)]
+            if not self._is_static and _shapes(following) != _shapes(first):
+                break
+            batches.append(following)
+        count = len(batches)
+        batches += batches[-1:] * (room - count)  # since each number would be compiled apart
+        feed = [tf.stack(leaves) for leaves in zip(*batches, strict=True)] if room > 1 else first
+        return Portion(self._key, self._spec, tuple(_shapes(first)), feed, count, _nth_of(self._spec, room))
+
+    def drop(self, count: int) -> None:
+        """Lets go of the next `count` batches, which were stacked."""
+        for _ in range(count):
+            self._waiting.popleft()
+
+    def _read(self) -> list[Any]:
+        if self._end:
+            end, self._end = self._end, None
+            raise end
+        if self._resource is None:
+            return tf.nest.flatten(next(self.iterator))
+        try:  # what `next` does, but for 100 us in Python
+            return tf.raw_ops.IteratorGetNext(
+                iterator=self._resource, output_types=self._types, output_shapes=self._shapes
+            )
+        except tf.errors.OutOfRangeError:
+            raise StopIteration from None
+
+
+def _nth_of(spec: Any, room: int) -> Callable[[Any, Any], Any]:
+    """Returns what takes the n-th of stacked batches, the last of which follows itself."""
+
+    def batch(feed: Any, n: Any) -> Any:
+        leaves = [tf.gather(leaf, tf.minimum(n, room - 1)) for leaf in feed] if room > 1 else feed
+        return tf.nest.pack_sequence_as(spec, leaves)
+
+    return batch
+
+
+def _shapes(leaves: list[Any]) -> list[Any]:
+    return [leaf.shape for leaf in leaves]
+
+
+def _bytes(leaves: list[Any]) -> int:
+    return sum(leaf.dtype.size * leaf.shape.num_elements() for leaf in leaves)
