@@ -17,7 +17,7 @@ from tapekit._body import State, StepBody, Verdict
 from tapekit._nonfinite import Guard
 from tapekit._objective import read_variables, used_variables
 from tapekit._packing import Packing, number
-from tapekit._tensors import read_variable, tf_variable, to_array
+from tapekit._tensors import tf_variable, to_array
 from tapekit._xla import DRAWING, against_xla, op_types, written
 from tapekit.steps import RAISING
 
@@ -230,9 +230,6 @@ _INTEGERS, _FLOATS = 4, 1
 class _Program:
     """A step traced for batches of one shape, and the compiled loops around it."""
 
-    OFTEN = 100
-    """After how many reads a function is worth being traced that does one in a fraction of the time."""
-
     def __init__(self, step: Any, portion: Portion, strict: bool) -> None:
         self.step = step
         self.stacks = portion.batch is None and all(
@@ -248,25 +245,15 @@ class _Program:
         """The variables that it changes."""
         self.draws = bool(op_types(step) & DRAWING)
         """Whether it draws random numbers of which nobody could draw the same again."""
-        self.records = list(step.structured_outputs[1])
+        rows = step.structured_outputs[1]
+        self.records = list(rows)
         """The names of what a step records."""
-        self.refused: Any = None
-        """The step made without an update, traced once a step has not been finite."""
+        self.row_bytes = max(1, sum(row.dtype.size * row.shape.num_elements() for row in rows.values()))
+        """The memory that this takes."""
+        self.refused: dict[Any, Any] = {}
+        """The step made without an update, traced for each kind of chunk in which one has not been finite."""
         self.overflows = False
         """Whether finite gradients have had a sum that is not, so that each entry must be looked at."""
-        self._reads = 0
-        self._reader: Any = None
-        """A function that gives the values of `written`, once it has paid to trace it."""
-
-    def values(self) -> list[tf.Tensor]:
-        """Returns the values of what the step changes."""
-        self._reads += 1
-        if len(self.written) <= 4 or self._reads <= self.OFTEN:
-            return [read_variable(variable) for variable in self.written]
-        if self._reader is None:
-            reader = tf.function(lambda: [read_variable(v) for v in self.written], autograph=False)
-            self._reader = reader.get_concrete_function()
-        return self._reader._call_flat([], self._reader.captured_inputs)
 
 
 class CompiledDriver(Driver):
@@ -388,9 +375,7 @@ class CompiledDriver(Driver):
         most = self.MOST_IN_GRAPH if not program.jit else Stream.MOST if program.stacks else self.MOST
         rows = min(self._period, most)
         rows += -rows % self.LEAST
-        specs = program.step.structured_outputs[1].values()
-        row_bytes = sum(spec.dtype.size * spec.shape.num_elements() for spec in specs)
-        return max(1, min(rows, self.BYTES // max(1, row_bytes)))
+        return max(1, min(rows, self.BYTES // program.row_bytes))
 
     def _chunk(self, program: _Program, portion: Portion) -> Any:
         """Returns the compiled loop of steps with room for their records, the variables that it captures, and a queue.
@@ -403,7 +388,7 @@ class CompiledDriver(Driver):
         step = program.step
 
         # XLA would wait for the check before every update and copy what it updates. There every update is made, and if
-        # the last step of the chunk turns out not to be finite, the host undoes it all and goes as far as was right.
+        # the last step turns out not to be finite, the chunk undoes it all, and the host goes as far as was right.
         undoes = self._undoes(program, portion)
         chunk_guard = (Guard.ALWAYS if program.overflows else Guard.BY_SUM) if undoes else Guard.FINITE
         queue = None
@@ -444,12 +429,16 @@ class CompiledDriver(Driver):
                 if queue is None
             }
             leaves = tree.flatten(self._unpack(integers, floats))
+            before = [variable.read_value() for variable in program.written] if undoes else []
             verdict = Verdict(tf.constant(0), (), no_counts)
             start = (tf.constant(0, tf.int64), verdict, tf.constant(False), leaves, records)
             end = tf.while_loop(proceed, advance, start, parallel_iterations=1)
             taken, verdict, exhausted, leaves, records = end
             unknown = tf.constant(np.nan, tf.float64)
             finite = verdict.fired < _NOT_FINITE
+            if undoes:
+                for variable, value in zip(program.written, before, strict=True):
+                    variable.assign(tf.where(finite, variable, value))
             fired = tf.where(finite, verdict.fired, verdict.fired - _NOT_FINITE)
             known = (fired != 0) & finite
             loss = tf.cond(known, lambda: self.traced_loss(), lambda: unknown) if self.traced_loss else unknown
@@ -515,7 +504,6 @@ class CompiledDriver(Driver):
         call, captured, queue = program.chunks[key]
         limit = min(limit, program.capacity)
         clock = _constant(seconds if "seconds" in self.body.needs else 0.0, tf.float64)
-        before = program.values() if undoes else []
         started = time.perf_counter()
         try:
             integers, floats, counts, records = call([_constant(limit, tf.int64), clock, *state, *feed], captured)
@@ -536,10 +524,8 @@ class CompiledDriver(Driver):
         culprits = {}
         if not finite:
             if undoes:
-                for variable, value in zip(program.written, before, strict=True):
-                    variable.assign(value)
                 before_it = call([_constant(taken - 1, tf.int64), clock, *state, *feed], captured)[:2]
-                finite, counts = self._refuse(program, portion, before_it, clock, taken - 1)
+                finite, counts = self._refuse(program, key, portion, before_it, clock, taken - 1)
                 if finite and not program.overflows:
                     return self._look_closer(program, state, before_it, records, taken - 1, limit, seconds, portion)
             culprits = _culprits(self.body, to_array(counts))
@@ -583,9 +569,9 @@ class CompiledDriver(Driver):
         columns = {name: to_array(record) for name, record in records.items()}
         return Advance(before_it, taken, 0, self.read(before_it).evaluations, columns, None)
 
-    def _refuse(self, program: _Program, portion: Portion, state: Any, clock: Any, n: int) -> Any:
+    def _refuse(self, program: _Program, key: Any, portion: Portion, state: Any, clock: Any, n: int) -> Any:
         """Makes the step with the n-th batch without an update, and returns whether it was finite, and what was not."""
-        if program.refused is None:
+        if key not in program.refused:
             batch_of: Any = portion.batch
 
             def refuse(integers, floats, seconds, feed, n):
@@ -593,8 +579,8 @@ class CompiledDriver(Driver):
                 verdict = program.step(seconds, leaves, batch_of(feed, n), tf.constant(Guard.NEVER, tf.int32))[2]
                 return verdict.finite, verdict.counts
 
-            program.refused = tf.function(refuse, autograph=False)
-        return program.refused(*state, clock, portion.feed, tf.constant(n))
+            program.refused[key] = tf.function(refuse, autograph=False)
+        return program.refused[key](*state, clock, portion.feed, tf.constant(n))
 
     def evaluate(self) -> float:
         """Runs the traced objective."""

@@ -78,12 +78,18 @@ def test_a_table_has_the_columns_that_are_known():
     assert heading == "| growth | first run, s | us a step | quartiles | peak memory, MB |"
 
 
-def test_the_chart_shows_everyone_beside_tapekit(tmp_path):
+def test_the_chart_shows_everyone_beside_tapekit_with_versions_and_machine(tmp_path):
     tables = [
         Table("work", [Row(OURS, 10, 9.0, [1e-5]), Row("other", 10, 8.0, [4e-5])]),
         Table("growth", [Row("10 steps", 10, 9.0, [1e-5])]),
     ]
-    chart.draw(tables, tmp_path / "chart.png")
+    figure = chart.draw(tables, "keras 3; cores 2")
+    (ax,) = figure.axes
+    shown = [(line.get_label(), list(line.get_xdata()), list(line.get_ydata())) for line in ax.lines]
+    assert shown[0] == ("other", [pytest.approx(4.0)], [0])
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["work"]
+    assert figure.get_suptitle() == "keras 3; cores 2"
+    figure.savefig(tmp_path / "chart.png")
     assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")
 
 

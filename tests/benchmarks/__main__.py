@@ -54,13 +54,13 @@ def main() -> None:
     print(f"\n{len(tables)} tables in {time.perf_counter() - started:.0f} s")
 
     arguments.output.mkdir(parents=True, exist_ok=True)
-    heading = "; ".join(f"{name} {value}" for name, value in (*versions().items(), *list(machine().items())))
+    heading = "; ".join(f"{name} {value}" for name, value in {**versions(), **machine(), "date": about["date"]}.items())
     text = "\n\n".join([heading, *(table.markdown() for table in tables)])
     (arguments.output / "table.md").write_text(f"{text}\n", encoding="utf-8")
     results = {**about, "tables": [table.as_json() for table in tables]}
     (arguments.output / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
     if drawn := [table for group, table in found if group in DRAWN]:
-        draw(drawn, arguments.output / "chart.png")
+        draw(drawn, heading).savefig(arguments.output / "chart.png")
 
 
 if __name__ == "__main__":

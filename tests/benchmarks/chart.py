@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import textwrap
 
 from matplotlib.figure import Figure
 
 from tests.benchmarks.harness import OURS, Table
 
 
-def draw(tables: list[Table], path: Path) -> None:
-    """Draws how many times as long as tapekit everyone took, a line for each case, on a logarithmic scale.
+def draw(tables: list[Table], about: str) -> Figure:
+    """Returns a figure of how many times as long as tapekit everyone took, a line for each case.
 
     Args:
         tables: of which those with peers are drawn.
-        path: the PNG file.
+        about: the versions and the machine.
     """
     cases = [table for table in tables if table.ours and len(table.rows) > 1]
     names = list(dict.fromkeys(row.name for table in cases for row in table.rows if row.name != OURS))
@@ -30,5 +30,6 @@ def draw(tables: list[Table], path: Path) -> None:
     ax.set(xscale="log", xlabel="time beside tapekit; to the left of 1 is faster", ylim=(len(cases) - 0.5, -0.5))
     ax.set_yticks(range(len(cases)), [table.title for table in cases])
     ax.grid(axis="both", alpha=0.3)
+    figure.suptitle(textwrap.fill(about, 130), fontsize="x-small")
     figure.legend(loc="outside lower center", ncols=3, fontsize="small")
-    figure.savefig(path)
+    return figure
