@@ -56,8 +56,9 @@ class Stream:
         self._is_dense = all(isinstance(leaf, tf.TensorSpec) for leaf in leaves)
         self._is_static = self._is_dense and all(leaf.shape.is_fully_defined() for leaf in leaves)
         self._resource = getattr(iterator, "_iterator_resource", None) if self._is_dense else None
-        if self._is_dense:
-            self._types, self._shapes = [leaf.dtype for leaf in leaves], [leaf.shape for leaf in leaves]
+        self._signature: dict[str, Any] = {}
+        if self._resource is not None:
+            self._signature = {"output_types": [leaf.dtype for leaf in leaves], "output_shapes": _shapes(leaves)}
         self._waiting: collections.deque[Any] = collections.deque()
         self._end: Exception | None = None
 
@@ -120,9 +121,7 @@ class Stream:
         if self._resource is None:
             return tf.nest.flatten(next(self.iterator))
         try:  # what `next` does, but for 100 us in Python
-            return tf.raw_ops.IteratorGetNext(
-                iterator=self._resource, output_types=self._types, output_shapes=self._shapes
-            )
+            return tf.raw_ops.IteratorGetNext(iterator=self._resource, **self._signature)
         except tf.errors.OutOfRangeError:
             raise StopIteration from None
 

@@ -223,10 +223,6 @@ class _Packed(NamedTuple):
     state: State
 
 
-_INTEGERS, _FLOATS = 4, 1
-"""How many of those, which come before the state."""
-
-
 class _Program:
     """A step traced for batches of one shape, and the compiled loops around it."""
 
@@ -283,7 +279,7 @@ class CompiledDriver(Driver):
         self._jit = bool(jit_compile)
         self._tries = not self._strict
         start = _Packed(np.int64(0), np.int32(0), np.float64(np.nan), np.bool_(False), np.bool_(True), body.initial)
-        self._packing, self._state_packing = Packing(start), Packing(body.initial)
+        self._packing = Packing(start)
         self._programs: dict[Any, _Program] = {}
         self._last_read: tuple[Any, Any] = (None, None)
 
@@ -383,9 +379,8 @@ class CompiledDriver(Driver):
         A stream may raise after some steps, and then nothing comes out of the loop but what has gone into the queue:
         the state and the record of each step.
         """
-        capacity, batch_of = program.capacity, portion.batch
-        rows = program.step.structured_outputs[1]
-        step = program.step
+        step, capacity, batch_of = program.step, program.capacity, portion.batch
+        rows = step.structured_outputs[1]
 
         # XLA would wait for the check before every update and copy what it updates. There every update is made, and if
         # the last step turns out not to be finite, the chunk undoes it all, and the host goes as far as was right.
@@ -428,7 +423,7 @@ class CompiledDriver(Driver):
                 for name, row in rows.items()
                 if queue is None
             }
-            leaves = tree.flatten(self._unpack(integers, floats))
+            leaves = tree.flatten(self._packing.unpack(integers, floats).state)
             before = [variable.read_value() for variable in program.written] if undoes else []
             verdict = Verdict(tf.constant(0), (), no_counts)
             start = (tf.constant(0, tf.int64), verdict, tf.constant(False), leaves, records)
@@ -452,10 +447,6 @@ class CompiledDriver(Driver):
         function = compiled.get_concrete_function(limit, clock, *specs, feed)
         # The public call spends 35 us on matching arguments to the signature, a third of a live step.
         return function._call_flat, function.captured_inputs, queue
-
-    def _unpack(self, integers: Any, floats: Any) -> Any:
-        """Returns, inside a graph, the state that comes after the rest of what is packed."""
-        return self._state_packing.unpack(integers[_INTEGERS:], floats[_FLOATS:])
 
     def begin(self, state: State | None = None) -> tuple[tf.Tensor, tf.Tensor]:
         """Returns the state, packed."""
@@ -575,7 +566,7 @@ class CompiledDriver(Driver):
             batch_of: Any = portion.batch
 
             def refuse(integers, floats, seconds, feed, n):
-                leaves = tree.flatten(self._unpack(integers, floats))
+                leaves = tree.flatten(self._packing.unpack(integers, floats).state)
                 verdict = program.step(seconds, leaves, batch_of(feed, n), tf.constant(Guard.NEVER, tf.int32))[2]
                 return verdict.finite, verdict.counts
 

@@ -43,8 +43,8 @@ def main() -> None:
     arguments = parser.parse_args()
 
     started = time.perf_counter()
-    about = {"date": datetime.date.today().isoformat(), **machine(), "versions": versions()}
-    print("missing:", ", ".join(package for package in PACKAGES if package not in versions()) or "nothing")
+    about, found_versions = {"date": datetime.date.today().isoformat(), **machine()}, versions()
+    print("missing:", ", ".join(package for package in PACKAGES if package not in found_versions) or "nothing")
     found: list[tuple[str, Table]] = []
     for group in arguments.only:
         for table in GROUPS[group](arguments.quick):
@@ -54,10 +54,10 @@ def main() -> None:
     print(f"\n{len(tables)} tables in {time.perf_counter() - started:.0f} s")
 
     arguments.output.mkdir(parents=True, exist_ok=True)
-    heading = "; ".join(f"{name} {value}" for name, value in {**versions(), **machine(), "date": about["date"]}.items())
+    heading = "; ".join(f"{name} {value}" for name, value in {**found_versions, **about}.items())
     text = "\n\n".join([heading, *(table.markdown() for table in tables)])
     (arguments.output / "table.md").write_text(f"{text}\n", encoding="utf-8")
-    results = {**about, "tables": [table.as_json() for table in tables]}
+    results = {**about, "versions": found_versions, "tables": [table.as_json() for table in tables]}
     (arguments.output / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
     if drawn := [table for group, table in found if group in DRAWN]:
         draw(drawn, heading).savefig(arguments.output / "chart.png")
