@@ -93,6 +93,14 @@ def test_the_chart_shows_everyone_beside_tapekit_with_versions_and_machine(tmp_p
     assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("at_once", [1, 2])
+def test_what_processes_print_comes_in_the_order_of_their_arguments(tmp_path, at_once):
+    runs = [("--compact", tmp_path / f"{n}.json") for n in range(3)]
+    for n, (_, path) in enumerate(runs):
+        path.write_text(f'{{"n": {n}}}', encoding="utf-8")
+    assert list(harness.in_new_processes("json.tool", runs, at_once)) == [{"n": 0}, {"n": 1}, {"n": 2}]
+
+
 def test_the_machine_and_the_versions_are_known():
     assert {"processor", "cores", "system", "python"} == set(harness.machine())
     assert {"tensorflow", "keras", "numpy"} <= set(harness.versions())

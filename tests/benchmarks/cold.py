@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from tests.benchmarks.harness import OURS, Row, Table, in_new_process, installed
+from tests.benchmarks.harness import OURS, Row, Table, in_new_processes, installed
 
 IMPORTS = {
     OURS: ("tapekit",),
@@ -57,10 +57,10 @@ def tables(quick: bool) -> Iterator[Table]:
     runs = []
     for steps in (10,) if quick else (10, 100, 1000):
         found: dict[str, list[dict[str, float]]] = {who: [] for who in whom}
-        for _ in range(1 if quick else 5):
-            for who in whom:
-                found[who].append(in_new_process(__name__, who, steps))
-                imports[who].append(found[who][-1]["import"])
+        turns = [(who, steps) for _ in range(1 if quick else 5) for who in whom]
+        for (who, _), made in zip(turns, in_new_processes(__name__, turns, 2 if quick else 1), strict=True):
+            found[who].append(made)
+            imports[who].append(made["import"])
         rows = [
             Row(who, 1, made[0]["first"], [m["first"] for m in made], made[0]["loss"]) for who, made in found.items()
         ]

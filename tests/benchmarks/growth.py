@@ -6,12 +6,13 @@ import os
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
+import itertools
 import json
 import sys
 import time
 from collections.abc import Iterator
 
-from tests.benchmarks.harness import Row, Table, in_new_process, peak_megabytes
+from tests.benchmarks.harness import Row, Table, in_new_processes, peak_megabytes
 
 STEPS_OF_MANY = 200
 
@@ -50,12 +51,10 @@ def tables(quick: bool) -> Iterator[Table]:
         "numbers": [10**n for n in range(8)],
         "variables": [10**n for n in range(4)],
     }
-    for what, all_amounts in amounts.items():
-        rows = []
-        for amount in all_amounts[1:2] if quick else all_amounts:
-            found = in_new_process(__name__, what, amount)
-            rows.append(Row(f"{amount:,} {what}", **found))
-        yield Table(f"growth with {what}", rows)
+    runs = [(what, amount) for what, found in amounts.items() for amount in (found[1:2] if quick else found)]
+    measured = zip(runs, in_new_processes(__name__, runs, 2 if quick else 1), strict=True)
+    for what, group in itertools.groupby(measured, lambda pair: pair[0][0]):
+        yield Table(f"growth with {what}", [Row(f"{amount:,} {what}", **found) for (_, amount), found in group])
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import importlib.metadata
 import json
@@ -12,7 +13,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 OURS = "tapekit"
@@ -185,11 +186,25 @@ def compare(title: str, peers: Sequence[Peer], rounds: int, tolerance: float, wa
     return Table(title, rows)
 
 
-def in_new_process(module: str, *arguments: object) -> dict[str, float]:
-    """Runs a module in a process of its own, and returns the JSON that it prints in its last line."""
-    command = [sys.executable, "-m", module, *map(str, arguments)]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    return json.loads(done.stdout.splitlines()[-1])
+def in_new_processes(module: str, runs: Iterable[Sequence[object]], at_once: int) -> Iterator[dict[str, float]]:
+    """Runs a module once with each list of arguments, in processes of their own.
+
+    Args:
+        module: the module.
+        runs: its arguments in each run.
+        at_once: how many processes run at a time: one, unless times do not matter.
+
+    Yields:
+        The JSON that each run prints in its last line, in the order of `runs`.
+    """
+
+    def run(arguments: Sequence[object]) -> dict[str, float]:
+        command = [sys.executable, "-m", module, *map(str, arguments)]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        return json.loads(done.stdout.splitlines()[-1])
+
+    with concurrent.futures.ThreadPoolExecutor(at_once) as pool:
+        yield from pool.map(run, runs)
 
 
 def peak_megabytes() -> float:
