@@ -91,6 +91,8 @@ class StepBody:
         self._skips = on_nonfinite == "skip"
         self._rolls_back = isinstance(on_nonfinite, Rollback)
         self.keeps_best = keep_best or self._rolls_back
+        self.evaluation: Any = None
+        """The loss, what comes beside it and its gradient, once they are traced as one function of no arguments."""
         self.best: list[tuple[Any, tf.Variable]] = []
         """The variables, and where their best values are kept."""
         self.suspects: list[tuple[str, int]] = []
@@ -115,7 +117,9 @@ class StepBody:
         self.objective.bind(batch)
         guard = guard if self.guards else Guard.ALWAYS
         names = {*self._measures, *(name for name in _RECORDED if name in self.needs)}
-        problem = Problem(self.objective, self.updater, self.variables, self._hooks, self.allow_unused, names, guard)
+        problem = Problem(
+            self.objective, self.updater, self.variables, self._hooks, self.allow_unused, names, guard, self.evaluation
+        )
         problem.gradients_wanted = self._gradients_wanted
         before = [tf.identity(tf_variable(v)) for v in self.variables] if "variables_change" in self.needs else []
         best_before = [tf.identity(variable) for variable, _ in self.best]

@@ -6,6 +6,7 @@ import functools
 import logging
 import textwrap
 import time
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,9 +14,9 @@ import tensorflow as tf
 from keras import tree
 
 from tapekit._batches import NO_DATA, Portion, Stream
-from tapekit._body import State, StepBody, Verdict
+from tapekit._body import State, StepBody
 from tapekit._nonfinite import Guard
-from tapekit._objective import read_variables, used_variables
+from tapekit._objective import read_variables, used_variables, watched_variables
 from tapekit._packing import Packing, number
 from tapekit._tensors import tf_variable, to_array
 from tapekit._xla import DRAWING, against_xla, op_types, written
@@ -212,15 +213,13 @@ def _shape(shape: tuple[int, ...] | None) -> str:
     return "no value" if shape is None else f"shape {shape}"
 
 
-class _Packed(NamedTuple):
-    """What goes into a compiled chunk and comes out of it, beside the records."""
+class _Header(NamedTuple):
+    """What a compiled chunk says of itself, beside the state and the records."""
 
     taken: Any
     fired: Any
-    loss: Any
+    """Which criteria want to stop, a bit each, and `_NOT_FINITE`: one number, since each is a kernel to XLA."""
     exhausted: Any
-    finite: Any
-    state: State
 
 
 class _Program:
@@ -241,7 +240,7 @@ class _Program:
         """The variables that it changes."""
         self.draws = bool(op_types(step) & DRAWING)
         """Whether it draws random numbers of which nobody could draw the same again."""
-        rows = step.structured_outputs[1]
+        rows = step.structured_outputs[2]
         self.records = list(rows)
         """The names of what a step records."""
         self.row_bytes = max(1, sum(row.dtype.size * row.shape.num_elements() for row in rows.values()))
@@ -278,8 +277,7 @@ class CompiledDriver(Driver):
         self._strict = jit_compile is True
         self._jit = bool(jit_compile)
         self._tries = not self._strict
-        start = _Packed(np.int64(0), np.int32(0), np.float64(np.nan), np.bool_(False), np.bool_(True), body.initial)
-        self._packing = Packing(start)
+        self._packing = Packing(body.initial, header=len(_Header._fields))
         self._programs: dict[Any, _Program] = {}
         self._last_read: tuple[Any, Any] = (None, None)
 
@@ -287,10 +285,9 @@ class CompiledDriver(Driver):
         """Traces the step if it is not yet for batches of this shape."""
         key = portion.key
         if key not in self._programs:
-            clock = tf.TensorSpec([], tf.float64)
-            specs = [tf.TensorSpec(leaf.shape, leaf.dtype) for leaf in tree.flatten(self.body.initial)]
+            clock, guard = tf.TensorSpec([], tf.float64), tf.TensorSpec([], tf.int32)
             trace = tf.function(self._trace, autograph=False)
-            step = trace.get_concrete_function(clock, specs, portion.spec, tf.TensorSpec([], tf.int32))
+            step = trace.get_concrete_function(clock, *self._packing.specs, portion.spec, guard)
             self._programs[key] = _Program(step, portion, self._strict)
             self._choose(op_types(step))
             self._set(self._programs[key], period, portion)
@@ -323,10 +320,10 @@ class CompiledDriver(Driver):
     def jit(self, value: bool) -> None:
         self._jit, self._tries = value, False
 
-    def _trace(self, seconds: Any, leaves: Any, batch: Any, guard: Any) -> Any:
+    def _trace(self, seconds: Any, integers: Any, floats: Any, batch: Any, guard: Any) -> Any:
         self.traces += 1
-        state, row, verdict = self.body(tree.pack_sequence_as(self.body.initial, leaves), seconds, batch, guard)
-        return tree.flatten(state), row, verdict
+        state, row, verdict = self.body(self._packing.merge(integers, floats), seconds, batch, guard)
+        return *self._packing.split(state), row, verdict
 
     def _choose(self, types: set[str]) -> None:
         """Leaves XLA where it would be wrong or slow, and long chunks where an error would lose their records."""
@@ -380,7 +377,8 @@ class CompiledDriver(Driver):
         the state and the record of each step.
         """
         step, capacity, batch_of = program.step, program.capacity, portion.batch
-        rows = step.structured_outputs[1]
+        integers, floats, rows, _ = step.structured_outputs
+        packing = self._packing
 
         # XLA would wait for the check before every update and copy what it updates. There every update is made, and if
         # the last step turns out not to be finite, the chunk undoes it all, and the host goes as far as was right.
@@ -388,33 +386,34 @@ class CompiledDriver(Driver):
         chunk_guard = (Guard.ALWAYS if program.overflows else Guard.BY_SUM) if undoes else Guard.FINITE
         queue = None
         if batch_of is None:
-            parts = [*tree.flatten(self.body.initial), *rows.values()]
+            parts = [*integers, floats, *rows.values()]
             queue = tf.queue.FIFOQueue(capacity, [part.dtype for part in parts], [part.shape for part in parts])
 
         def run(limit, seconds, integers, floats, feed):
-            # Each scalar that goes round is a kernel to XLA: the criteria and whether all was finite share one, and the
-            # steps are counted in the type in which others count too, so that these are one counter.
-            def proceed(taken, verdict, exhausted, leaves, records):
-                return (taken < limit) & (verdict.fired == 0) & ~exhausted
+            def proceed(header, integers, floats, counts, records):
+                return (header.taken < limit) & (header.fired == 0) & ~header.exhausted
 
-            def take(taken, leaves, records, batch):
+            def take(header, integers, floats, records, batch):
                 guard = tf.constant(chunk_guard, tf.int32)  # here, so that XLA folds it
-                leaves, row, verdict = step(seconds, leaves, batch, guard)
+                integers, floats, row, verdict = step(seconds, integers, floats, batch, guard)
                 if queue:
-                    queue.enqueue([*leaves, *row.values()])
-                records = {name: records[name].write(tf.cast(taken, tf.int32), row[name]) for name in records}
+                    queue.enqueue([*integers, floats, *row.values()])
+                place = tf.cast(header.taken, tf.int32)
+                records = {name: records[name].write(place, row[name]) for name in records}
                 fired = verdict.fired + tf.where(verdict.finite, 0, _NOT_FINITE)
-                verdict = Verdict(fired, (), no_counts if undoes else verdict.counts)
-                return taken + 1, verdict, tf.constant(False), leaves, records
+                header = _Header(header.taken + 1, fired, tf.constant(False))
+                return header, integers, floats, no_counts if undoes else verdict.counts, records
 
-            def advance(taken, verdict, exhausted, leaves, records):
+            def advance(header, integers, floats, counts, records):
                 if batch_of:
-                    return take(taken, leaves, records, batch_of(feed, tf.cast(taken, tf.int32)))
+                    batch = batch_of(feed, tf.cast(header.taken, tf.int32))
+                    return take(header, integers, floats, records, batch)
                 batch = feed.get_next_as_optional()
+                ended = header._replace(exhausted=tf.constant(True))
                 return tf.cond(
                     batch.has_value(),
-                    lambda: take(taken, leaves, records, batch.get_value()),
-                    lambda: (taken, verdict, tf.constant(True), leaves, records),
+                    lambda: take(header, integers, floats, records, batch.get_value()),
+                    lambda: (ended, integers, floats, counts, records),
                 )
 
             no_counts = tf.zeros([0 if undoes else len(self.body.suspects)], tf.int64)
@@ -423,22 +422,14 @@ class CompiledDriver(Driver):
                 for name, row in rows.items()
                 if queue is None
             }
-            leaves = tree.flatten(self._packing.unpack(integers, floats).state)
             before = [variable.read_value() for variable in program.written] if undoes else []
-            verdict = Verdict(tf.constant(0), (), no_counts)
-            start = (tf.constant(0, tf.int64), verdict, tf.constant(False), leaves, records)
-            end = tf.while_loop(proceed, advance, start, parallel_iterations=1)
-            taken, verdict, exhausted, leaves, records = end
-            unknown = tf.constant(np.nan, tf.float64)
-            finite = verdict.fired < _NOT_FINITE
-            if undoes:
-                for variable, value in zip(program.written, before, strict=True):
-                    variable.assign(tf.where(finite, variable, value))
-            fired = tf.where(finite, verdict.fired, verdict.fired - _NOT_FINITE)
-            known = (fired != 0) & finite
-            loss = tf.cond(known, lambda: self.traced_loss(), lambda: unknown) if self.traced_loss else unknown
-            integers, floats = self._packing.pack([taken, fired, loss, exhausted, finite, *leaves])
-            return integers, floats, verdict.counts, {name: record.stack() for name, record in records.items()}
+            # The steps are counted in the type in which others count too, so that XLA makes these one counter.
+            header = _Header(tf.constant(0, tf.int64), tf.constant(0), tf.constant(False))
+            start = header, packing.unpack(integers), floats, no_counts, records
+            header, integers, floats, counts, records = tf.while_loop(proceed, advance, start, parallel_iterations=1)
+            loss = self._conclude(header.fired, program.written if undoes else [], before)
+            records = {name: record.stack() for name, record in records.items()}
+            return packing.pack([*header, *integers]), floats, loss, counts, records
 
         limit, clock = tf.TensorSpec([], tf.int64), tf.TensorSpec([], tf.float64)
         specs = [tf.TensorSpec(part.shape, part.dtype) for part in self.begin()]
@@ -448,16 +439,30 @@ class CompiledDriver(Driver):
         # The public call spends 35 us on matching arguments to the signature, a third of a live step.
         return function._call_flat, function.captured_inputs, queue
 
+    def _conclude(self, fired: Any, written: Sequence[tf.Variable], before: Sequence[tf.Tensor]) -> tf.Tensor:
+        """Ends a chunk: returns the loss if the run ends there, and undoes what was written if that is not finite."""
+        unknown = tf.constant(np.nan, tf.float64)
+        finite = fired < _NOT_FINITE
+
+        def keep() -> tf.Tensor:
+            loss = self.traced_loss
+            return tf.cond((fired != 0) & finite, lambda: loss(), lambda: unknown) if loss else unknown
+
+        def undo() -> tf.Tensor:
+            for variable, value in zip(written, before, strict=True):
+                variable.assign(value)
+            return unknown
+
+        return tf.cond(finite, keep, undo) if written else keep()
+
     def begin(self, state: State | None = None) -> tuple[tf.Tensor, tf.Tensor]:
         """Returns the state, packed."""
-        if state is None:
-            return self._packing.initial
-        return self._packing.pack_numbers(self._packing.structure._replace(state=state))
+        return self._packing.initial if state is None else self._packing.pack_numbers(state)
 
     def read(self, state: tuple[tf.Tensor, tf.Tensor]) -> State:
         """Returns the state as Python numbers and NumPy arrays."""
         if self._last_read[0] is not state:
-            self._last_read = state, self._packing.read(to_array(state[0]), to_array(state[1])).state
+            self._last_read = state, self._packing.read(to_array(state[0]), to_array(state[1]))
         return self._last_read[1]
 
     def advance(self, state: tuple[tf.Tensor, tf.Tensor], limit: int, seconds: float, portion=NO_DATA) -> Advance:
@@ -497,7 +502,7 @@ class CompiledDriver(Driver):
         clock = _constant(seconds if "seconds" in self.body.needs else 0.0, tf.float64)
         started = time.perf_counter()
         try:
-            integers, floats, counts, records = call([_constant(limit, tf.int64), clock, *state, *feed], captured)
+            integers, floats, loss, counts, records = call([_constant(limit, tf.int64), clock, *state, *feed], captured)
         except tf.errors.OpError as error:
             if queue and (queue.size() or _FROM_DATA in str(error)):
                 return self._until(error, state, program, queue)
@@ -511,7 +516,8 @@ class CompiledDriver(Driver):
             self._fall_back(why)
             self.prepare(self._period, portion)
             return self.advance(state, limit, seconds, portion)
-        taken, fired, exhausted, finite, _, evaluations = to_array(integers)[:6].tolist()
+        taken, fired, exhausted, _, evaluations = to_array(integers)[:5].tolist()
+        finite, fired = fired < _NOT_FINITE, fired % _NOT_FINITE
         culprits = {}
         if not finite:
             if undoes:
@@ -529,9 +535,8 @@ class CompiledDriver(Driver):
         if queue and taken:
             records = dict(zip(program.records, queue.dequeue_many(taken)[-len(program.records) :], strict=True))
         columns = {name: to_array(record) for name, record in records.items()}
-        loss = to_array(floats)[0].item() if fired and finite and self.traced_loss else None
-        exhausted, finite = bool(exhausted), bool(finite)
-        return Advance((integers, floats), taken, fired, evaluations, columns, loss, exhausted, finite, culprits)
+        loss = to_array(loss).item() if fired and finite and self.traced_loss else None
+        return Advance((integers, floats), taken, fired, evaluations, columns, loss, bool(exhausted), finite, culprits)
 
     def _until(self, error: Exception, state: Any, program: _Program, queue: Any) -> Advance:
         """Returns the steps that were taken before the data has raised."""
@@ -540,8 +545,8 @@ class CompiledDriver(Driver):
         if taken:
             parts = [to_array(part) for part in queue.dequeue_many(taken)]
             columns = dict(zip(program.records, parts[-len(program.records) :], strict=True))
-            last = [number(part[-1]) for part in parts[: -len(program.records)]]
-            state = self.begin(tree.pack_sequence_as(self.body.initial, last))
+            *integers, floats = [part[-1] for part in parts[: -len(program.records)]]
+            state = self._packing.pack([*_Header(0, 0, False), *integers]), tf.constant(floats)
         return Advance(state, taken, 0, self.read(state).evaluations, columns, None, error=error)
 
     def _compiles(self, program: _Program, portion: Portion) -> bool:
@@ -566,8 +571,8 @@ class CompiledDriver(Driver):
             batch_of: Any = portion.batch
 
             def refuse(integers, floats, seconds, feed, n):
-                leaves = tree.flatten(self._packing.unpack(integers, floats).state)
-                verdict = program.step(seconds, leaves, batch_of(feed, n), tf.constant(Guard.NEVER, tf.int32))[2]
+                integers, guard = self._packing.unpack(integers), tf.constant(Guard.NEVER, tf.int32)
+                verdict = program.step(seconds, integers, floats, batch_of(feed, n), guard)[3]
                 return verdict.finite, verdict.counts
 
             program.refused[key] = tf.function(refuse, autograph=False)
@@ -580,7 +585,7 @@ class CompiledDriver(Driver):
 
 _FROM_DATA = "IteratorGetNext"
 _NOT_FINITE = 1 << 30
-"""Added to the criteria that want to stop, of which there are fewer bits."""
+"""The bit that says that the last step was not finite; criteria have lower ones."""
 
 
 def _cause(error: tf.errors.OpError) -> str:
@@ -626,19 +631,24 @@ def make_driver(body: StepBody, eager: bool, jit_compile: bool | str, longest: i
         body.build()
         return EagerDriver(body, longest)
 
-    def loss() -> tf.Tensor:
-        if not body.variables:
-            body.variables = read_variables(body.objective)
-        targets = [tf_variable(variable) for variable in body.variables]
-        with tf.GradientTape(watch_accessed_variables=False) as tape:
-            tape.watch(targets)
-            value, _ = body.objective()
+    def evaluate() -> tuple[Any, Any, Any]:
+        with tf.GradientTape(watch_accessed_variables=not body.variables) as tape:
+            tape.watch([tf_variable(variable) for variable in body.variables])
+            loss, extras = body.objective()
+        body.variables = body.variables or watched_variables(tape)
+        gradients = tape.gradient(loss, [tf_variable(variable) for variable in body.variables])
         if "gradients" in body.step.provides:
-            body.variables = used_variables(body.variables, tape.gradient(value, targets), body.allow_unused)
-        return tf.cast(value, tf.float64)
+            body.variables = used_variables(body.variables, gradients, body.allow_unused)
+        return loss, extras, [gradient for gradient in gradients if gradient is not None]
 
+    def loss() -> tf.Tensor:
+        return tf.cast(evaluation()[0], tf.float64)
+
+    evaluation: Any = tf.function(evaluate, autograph=False).get_concrete_function()
     traced = tf.function(loss, autograph=False).get_concrete_function()
     body.updater.check(body.variables)
     body.updater.build(body.updater.native(body.variables))
     body.build()
+    if "gradients" in body.step.provides and not body.updater.scales:
+        body.evaluation = evaluation
     return CompiledDriver(body, longest, traced, jit_compile)

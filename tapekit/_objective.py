@@ -170,6 +170,11 @@ def read_variables(objective: Objective) -> list[Any]:
     """Evaluates the objective and returns the trainable variables that it reads, in order of first use."""
     with tf.GradientTape() as tape:
         objective()
+    return watched_variables(tape)
+
+
+def watched_variables(tape: tf.GradientTape) -> list[Any]:
+    """Returns the variables that can be minimized over, of those that a tape has seen read by `loss`."""
     variables = [variable for variable in tape.watched_variables() if variable.dtype.is_floating]
     if not variables:
         raise ValueError(

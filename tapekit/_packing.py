@@ -1,4 +1,4 @@
-"""Packs the state of a run into two vectors."""
+"""Packs the state of a run into a few tensors."""
 
 from __future__ import annotations
 
@@ -11,54 +11,78 @@ from keras import tree
 
 
 class Packing:
-    """Packs scalars and arrays into two vectors, since each input and output of a compiled call costs microseconds.
+    """Packs the state of a run, since each input and output of a compiled call costs microseconds.
 
-    In each vector all scalars come before all arrays, so that a few ops do for any number of them: each op takes
-    a millisecond to trace.
+    Its floats are one vector everywhere, since each number that goes round in a loop is a kernel to XLA. Its integers
+    and bools are one vector outside of a loop, after some of the caller's own, and go round one by one: XLA makes one
+    counter of all that count steps. In each vector all scalars come before all arrays, so that a few ops do for any
+    number of them: each op takes a millisecond to trace.
+
+    Args:
+        structure: the state, of NumPy arrays.
+        header: how many integers of the caller come before the others.
     """
 
-    def __init__(self, structure: Any) -> None:
+    def __init__(self, structure: Any, header: int) -> None:
         self.structure = structure
+        self._header = header
         leaves = tree.flatten(structure)
-        self._scalars = {kind: [n for n, leaf in enumerate(leaves) if _is(leaf, kind, True)] for kind in _KINDS}
-        self._arrays = {kind: [n for n, leaf in enumerate(leaves) if _is(leaf, kind, False)] for kind in _KINDS}
         self._slots: dict[int, Slot] = {}
-        for kind in _KINDS:
-            end = 0
-            for n in self._scalars[kind] + self._arrays[kind]:
+        self._order: dict[str, list[int]] = {}
+        for kind, end in (("i", header), ("f", 0)):
+            of_kind = [n for n, leaf in enumerate(leaves) if (leaf.dtype.kind == "f") == (kind == "f")]
+            self._order[kind] = sorted(of_kind, key=lambda n: leaves[n].ndim > 0)
+            for n in self._order[kind]:
                 start, end = end, end + leaves[n].size
                 self._slots[n] = Slot(kind, slice(start, end), leaves[n].shape, leaves[n].dtype)
         self.initial = self.pack_numbers(structure)
 
-    def pack(self, leaves: Sequence[Any]) -> tuple[tf.Tensor, tf.Tensor]:
-        """Returns, inside a graph, the integers and bools of a flat structure in one vector, its floats in another."""
-        packed = []
-        for kind, dtype in _KINDS.items():
-            scalars = [tf.cast(leaves[n], dtype) for n in self._scalars[kind]]
-            arrays = [tf.reshape(tf.cast(leaves[n], dtype), [-1]) for n in self._arrays[kind]]
-            parts = [tf.stack(scalars) if scalars else tf.zeros([0], dtype), *arrays]
-            packed.append(tf.concat(parts, 0) if arrays else parts[0])
-        return packed[0], packed[1]
+    @property
+    def specs(self) -> tuple[list[tf.TensorSpec], tf.TensorSpec]:
+        """What `split` returns."""
+        integers = [self._slots[n] for n in self._order["i"]]
+        floats = tf.TensorSpec(self.initial[1].shape, tf.float64)
+        return [tf.TensorSpec(slot.shape, slot.dtype) for slot in integers], floats
+
+    def split(self, structure: Any) -> tuple[list[tf.Tensor], tf.Tensor]:
+        """Returns, inside a graph, the integers and bools of a structure, and its floats in one vector."""
+        leaves = tree.flatten(structure)
+        return [leaves[n] for n in self._order["i"]], self._join("f", [leaves[n] for n in self._order["f"]])
+
+    def merge(self, integers: Sequence[Any], floats: Any) -> Any:
+        """Returns the structure that was split, whose leaves have their shapes and dtypes again."""
+        leaves = dict(zip(self._order["i"], integers, strict=True))
+        leaves |= dict(zip(self._order["f"], self._parts("f", floats, 0), strict=True))
+        return self._structured([leaves[n] for n in range(len(leaves))])
+
+    def pack(self, integers: Sequence[Any]) -> tf.Tensor:
+        """Returns, inside a graph, the vector of the caller's integers and those that `split` gives."""
+        return self._join("i", integers)
+
+    def unpack(self, integers: Any) -> list[tf.Tensor]:
+        """Returns, inside a graph, the integers that `split` gave."""
+        return self._parts("i", integers, self._header)
+
+    def _join(self, kind: str, parts: Sequence[Any]) -> tf.Tensor:
+        parts = [tf.cast(part, _KINDS[kind]) for part in parts]
+        scalars = [part for part in parts if not part.shape.rank]
+        vectors = [tf.reshape(part, [-1]) for part in parts[len(scalars) :]]
+        head = tf.stack(scalars) if scalars else tf.zeros([0], _KINDS[kind])
+        return tf.concat([head, *vectors], 0) if vectors else head
+
+    def _parts(self, kind: str, vector: Any, header: int) -> list[tf.Tensor]:
+        slots = [self._slots[n] for n in self._order[kind]]
+        count = header + sum(not slot.shape for slot in slots)
+        scalars = tf.unstack(vector[:count] if len(slots) > count - header else vector, count)[header:]
+        arrays = [tf.reshape(vector[slot.place], slot.shape) for slot in slots[len(scalars) :]]
+        return [_cast(part, slot.dtype) for part, slot in zip([*scalars, *arrays], slots, strict=True)]
 
     def pack_numbers(self, structure: Any) -> tuple[tf.Tensor, tf.Tensor]:
-        """Returns the same of a structure on the host."""
-        leaves, packed = tree.flatten(structure), []
-        for kind, dtype in _KINDS.items():
-            parts = [np.ravel(leaves[n]) for n in self._scalars[kind] + self._arrays[kind]]
-            packed.append(tf.constant(np.concatenate(parts) if parts else [], dtype))
-        return packed[0], packed[1]
-
-    def unpack(self, integers: Any, floats: Any) -> Any:
-        """Returns the structure inside a graph: its leaves have their shapes and dtypes again."""
-        leaves: dict[int, Any] = {}
-        for kind, vector in zip(_KINDS, (integers, floats), strict=True):
-            scalars = self._scalars[kind]
-            parts = tf.unstack(vector[: len(scalars)] if self._arrays[kind] else vector, len(scalars))
-            leaves |= {n: _cast(part, self._slots[n]) for n, part in zip(scalars, parts, strict=True)}
-            for n in self._arrays[kind]:
-                slot = self._slots[n]
-                leaves[n] = _cast(tf.reshape(vector[slot.place], slot.shape), slot)
-        return self._structured([leaves[n] for n in range(len(leaves))])
+        """Returns both vectors of a structure on the host, with zeros for the caller's integers."""
+        leaves = tree.flatten(structure)
+        parts = {kind: [np.ravel(leaves[n]) for n in order] for kind, order in self._order.items()}
+        integers, floats = [np.zeros(self._header), *parts["i"]], [np.zeros(0), *parts["f"]]
+        return tf.constant(np.concatenate(integers), tf.int64), tf.constant(np.concatenate(floats), tf.float64)
 
     def read(self, integers: np.ndarray, floats: np.ndarray) -> Any:
         """Returns the structure on the host: Python numbers, and arrays."""
@@ -90,12 +114,8 @@ class Slot(NamedTuple):
     dtype: np.dtype
 
 
-def _is(leaf: np.ndarray, kind: str, is_scalar: bool) -> bool:
-    return ("f" if leaf.dtype.kind == "f" else "i") == kind and (not leaf.shape) == is_scalar
-
-
-def _cast(tensor: Any, slot: Slot) -> Any:
-    return tensor if tensor.dtype == slot.dtype else tf.cast(tensor, slot.dtype)
+def _cast(tensor: Any, dtype: np.dtype) -> Any:
+    return tensor if tensor.dtype == dtype else tf.cast(tensor, dtype)
 
 
 def number(array: Any) -> Any:

@@ -46,6 +46,7 @@ class Problem:
         allow_unused: whether to let variables pass on which the loss does not depend.
         taken_names: names in the logs that the objective must not use.
         guard: whether an update is made that is not finite.
+        evaluation: the objective and its gradient, if they are traced.
 
     Attributes:
         variables: the variables of this step, `tf.Variable` or `keras.Variable`.
@@ -74,8 +75,9 @@ class Problem:
         allow_unused: bool = False,
         taken_names: Collection[str] = (),
         guard: Any = Guard.FINITE,
+        evaluation: Any = None,
     ) -> None:
-        self.variables = variables
+        self.variables = self._given = variables
         self.finite: Any = None
         self.loss: Any = None
         self.applied: list[Any] = []
@@ -93,6 +95,7 @@ class Problem:
         self._allow_unused = allow_unused
         self._taken_names = taken_names
         self._guard = guard
+        self._evaluation = evaluation
 
     def evaluate(self) -> dict[str, tf.Tensor]:
         """Evaluates the objective at the present variables; every call counts as an evaluation.
@@ -121,7 +124,10 @@ class Problem:
             >>> loop.minimize(lambda: (x - 4.0) ** 2, [x]).evaluations
             21
         """
-        loss, extras = self._objective()
+        return self._logs(*self._objective())
+
+    def _logs(self, loss: tf.Tensor, extras: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+        """Counts an evaluation, and returns its logs."""
         clashing = [name for name in extras if name in self._taken_names]
         if clashing:
             raise ValueError(
@@ -145,6 +151,9 @@ class Problem:
         Raises:
             ValueError: the loss does not depend on one of the variables or intermediates.
         """
+        if self._evaluation and not intermediates and self.variables is self._given:
+            loss, extras, gradients = self._evaluation()
+            return self._logs(loss, extras), gradients
         named = Intermediates(lambda tensors: tape.watch(tensors))
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch([tf_variable(variable) for variable in self.variables])
