@@ -51,9 +51,9 @@ class Packing:
 
     def merge(self, integers: Sequence[Any], floats: Any) -> Any:
         """Returns the structure that was split, whose leaves have their shapes and dtypes again."""
-        leaves = dict(zip(self._order["i"], integers, strict=True))
-        leaves |= dict(zip(self._order["f"], self._parts("f", floats, 0), strict=True))
-        return self._structured([leaves[n] for n in range(len(leaves))])
+        leaves = [*integers, *self._parts("f", floats, 0)]
+        places = dict(zip(self._order["i"] + self._order["f"], leaves, strict=True))
+        return self._structured([places[n] for n in range(len(places))])
 
     def pack(self, integers: Sequence[Any]) -> tf.Tensor:
         """Returns, inside a graph, the vector of the caller's integers and those that `split` gives."""
@@ -81,7 +81,7 @@ class Packing:
         """Returns both vectors of a structure on the host, with zeros for the caller's integers."""
         leaves = tree.flatten(structure)
         parts = {kind: [np.ravel(leaves[n]) for n in order] for kind, order in self._order.items()}
-        integers, floats = [np.zeros(self._header), *parts["i"]], [np.zeros(0), *parts["f"]]
+        integers, floats = [np.zeros(self._header, np.int64), *parts["i"]], [np.zeros(0), *parts["f"]]
         return tf.constant(np.concatenate(integers), tf.int64), tf.constant(np.concatenate(floats), tf.float64)
 
     def read(self, integers: np.ndarray, floats: np.ndarray) -> Any:
