@@ -101,6 +101,11 @@ class StepBody:
         self.initial: State = tree.map_structure(np.asarray, start)
         """The state before the first step, of NumPy arrays."""
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether no code runs in a step, beside the objective, that might read what this has left in Python."""
+        return not (self._measures or self._hooks) and type(self.step).take is TapeStep.take
+
     def build(self) -> None:
         """Makes the variables of the strategy, and those that keep the best values; outside of any graph."""
         self.step.build(self.variables)

@@ -649,6 +649,6 @@ def make_driver(body: StepBody, eager: bool, jit_compile: bool | str, longest: i
     body.updater.check(body.variables)
     body.updater.build(body.updater.native(body.variables))
     body.build()
-    if "gradients" in body.step.provides and not body.updater.scales:
+    if body.is_plain and not body.updater.scales:
         body.evaluation = evaluation
     return CompiledDriver(body, longest, traced, jit_compile)

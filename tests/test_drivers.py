@@ -108,6 +108,40 @@ def test_one_trace_a_run_whatever_its_length_and_none_for_the_same_objective_aga
     assert len(calls) == 1
 
 
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_a_measure_reads_what_the_objective_has_left_in_python(driver):
+    x, left = tf.Variable(0.0), {}
+
+    def loss():
+        left["distance"] = x - 4.0
+        return left["distance"] ** 2
+
+    loop = tk.OptimizationLoop(
+        keras.optimizers.SGD(0.25), max_iterations=3, measures={"distance": lambda: left["distance"]}, **DRIVERS[driver]
+    )
+    assert loop.minimize(loss, [x]).history["distance"].tolist() == [-4.0, -2.0, -1.0]
+
+
+@pytest.mark.parametrize("name", ["rosenbrock_100", "two_dtypes", "embedding"])
+@pytest.mark.parametrize("driver", COMPILED)
+def test_a_measure_and_a_strategy_of_ones_own_change_no_bit(driver, name):
+    class Mine(tk.TapeStep):
+        def take(self, problem):
+            return super().take(problem)
+
+    def run(**settings):
+        variables, loss = BY_NAME[name].make()
+        loop = tk.OptimizationLoop(keras.optimizers.Adam(0.01), max_iterations=50, **settings, **COMPILED[driver])
+        return loop.minimize(loss, variables)
+
+    expected = run()
+    for settings in ({"measures": {"one": lambda: tf.constant(1.0)}}, {"step": Mine()}):
+        found = run(**settings)
+        np.testing.assert_array_equal(found.history["loss"], expected.history["loss"])
+        for a, b in zip(found.variables, expected.variables, strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
 def test_another_objective_or_another_hook_is_traced_again():
     x = tf.Variable(0.0)
     loop = tk.OptimizationLoop("sgd", max_iterations=3)
