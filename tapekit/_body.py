@@ -104,7 +104,10 @@ class StepBody:
     @property
     def is_plain(self) -> bool:
         """Whether no code runs in a step, beside the objective, that might read what this has left in Python."""
-        return not (self._measures or self._hooks) and type(self.step).take is TapeStep.take
+        parts = [part for criterion in self.criteria for part in criterion.parts()]
+        ours = all(type(part).__module__ == Criterion.__module__ for part in parts)
+        plain = type(self.step).take is TapeStep.take and "gradients" in self.step.provides
+        return ours and plain and not (self._measures or self._hooks)
 
     def build(self) -> None:
         """Makes the variables of the strategy, and those that keep the best values; outside of any graph."""

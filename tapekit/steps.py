@@ -77,7 +77,7 @@ class Problem:
         guard: Any = Guard.FINITE,
         evaluation: Any = None,
     ) -> None:
-        self.variables = self._given = variables
+        self.variables = variables
         self.finite: Any = None
         self.loss: Any = None
         self.applied: list[Any] = []
@@ -151,7 +151,7 @@ class Problem:
         Raises:
             ValueError: the loss does not depend on one of the variables or intermediates.
         """
-        if self._evaluation and not intermediates and self.variables is self._given:
+        if self._evaluation and not intermediates:
             loss, extras, gradients = self._evaluation()
             return self._logs(loss, extras), gradients
         named = Intermediates(lambda tensors: tape.watch(tensors))

@@ -109,13 +109,20 @@ def test_one_trace_a_run_whatever_its_length_and_none_for_the_same_objective_aga
 
 
 @pytest.mark.parametrize("driver", DRIVERS)
-def test_a_measure_reads_what_the_objective_has_left_in_python(driver):
+def test_a_measure_and_a_criterion_read_what_the_objective_has_left_in_python(driver):
     x, left = tf.Variable(0.0), {}
 
     def loss():
         left["distance"] = x - 4.0
         return left["distance"] ** 2
 
+    class Near(tk.stopping.Criterion):
+        def update(self, state, logs):
+            return state, tf.abs(left["distance"]) < 1.5
+
+    loop = tk.OptimizationLoop(keras.optimizers.SGD(0.25), stopping=Near(), **DRIVERS[driver])
+    assert loop.minimize(loss, [x]).steps == 3
+    x.assign(0.0)
     loop = tk.OptimizationLoop(
         keras.optimizers.SGD(0.25), max_iterations=3, measures={"distance": lambda: left["distance"]}, **DRIVERS[driver]
     )
