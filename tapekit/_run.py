@@ -385,9 +385,14 @@ class Run:
         self._save_at_end()
         self.dispatch.finish_epoch(self.step, logs)
         self._close(logs)
-        known = None if self._last is None or self.dispatch.can_change else self._last.loss
+        known = None if self._last is None or self._may_have_changed else self._last.loss
         self._loss = self._driver.evaluate() if known is None else known
         self._ended = True
+
+    @property
+    def _may_have_changed(self) -> bool:
+        """Whether a hook, or the caller between two steps, may have changed the variables since the last step."""
+        return self.live or self.dispatch.can_change
 
     def _save_at_end(self) -> None:
         assert self.explanation is not None

@@ -732,6 +732,14 @@ def test_steps_gives_the_numbers_of_minimize_and_live_variables(driver):
     assert loop.result.loss == minimized.loss
 
 
+def test_what_the_caller_changes_at_the_last_step_is_in_the_result(driver, quadratic):
+    loop = _loop(driver, 3)
+    for step, _ in loop.steps(quadratic, [quadratic.x]):
+        if step == 3:
+            quadratic.x.assign(10.0)
+    assert (loop.result.loss, loop.result.variables[0]) == (36.0, 10.0)
+
+
 def test_steps_calls_the_hooks_of_minimize(driver, quadratic):
     events = {"minimize": [], "steps": []}
     for way, seen in events.items():
