@@ -40,6 +40,8 @@ class Advance(NamedTuple):
     """The records, with at least `taken` rows."""
     loss: float | None
     """The loss after the last step, if it is known already."""
+    values: Sequence[tf.Tensor] = ()
+    """What the variables are after the last step, if that is known without reading them."""
     exhausted: bool = False
     """Whether the data ended before the chunk did."""
     finite: bool = True
@@ -182,7 +184,8 @@ class EagerDriver(Driver):
         columns = {name: value.numpy()[None] for name, value in row.items()}
         culprits = _culprits(self.body, verdict.counts.numpy())
         finite = bool(verdict.finite)
-        return Advance(state, 1, int(verdict.fired), int(state.evaluations), columns, None, False, finite, culprits)
+        fired, evaluations = int(verdict.fired), int(state.evaluations)
+        return Advance(state, 1, fired, evaluations, columns, None, finite=finite, culprits=culprits)
 
     def _check_shapes(self, shapes: dict[str, tuple[int, ...]]) -> None:
         """Raises if a recorded value has come, gone or changed its shape since the first step."""
@@ -268,6 +271,8 @@ class CompiledDriver(Driver):
     """The rows that a chunk has room for; a multiple of the least, since each number is compiled apart."""
     BYTES = 1 << 24
     """The memory that the records of a chunk may take."""
+    WORTH_HANDING_OVER = 1 << 14
+    """The numbers that the variables may have for a chunk to hand their values over, so that nobody need read them."""
     WORTH_A_TRIAL = 2e-3
     """Seconds that a step of a model takes under XLA at least for a graph to be tried beside it."""
 
@@ -381,13 +386,20 @@ class CompiledDriver(Driver):
         packing = self._packing
 
         # XLA would wait for the check before every update and copy what it updates. There every update is made, and if
-        # the last step turns out not to be finite, the chunk undoes it all, and the host goes as far as was right.
+        # the last step turns out not to be finite, the host undoes the chunk and goes as far as was right.
         undoes = self._undoes(program, portion)
         chunk_guard = (Guard.ALWAYS if program.overflows else Guard.BY_SUM) if undoes else Guard.FINITE
+        variables = [tf_variable(variable) for variable in self.body.variables]
+        size = sum(variable.shape.num_elements() for variable in variables)
+        loss_of = self.traced_loss
+        handed_over = variables if loss_of and size <= self.WORTH_HANDING_OVER else []
         queue = None
         if batch_of is None:
             parts = [*integers, floats, *rows.values()]
             queue = tf.queue.FIFOQueue(capacity, [part.dtype for part in parts], [part.shape for part in parts])
+
+        def read() -> list[tf.Tensor]:  # in a branch, since outside of one XLA may give values of before the loop
+            return [variable.read_value() for variable in handed_over]
 
         def run(limit, seconds, integers, floats, feed):
             def proceed(header, integers, floats, counts, records):
@@ -427,9 +439,13 @@ class CompiledDriver(Driver):
             header = _Header(tf.constant(0, tf.int64), tf.constant(0), tf.constant(False))
             start = header, packing.unpack(integers), floats, no_counts, records
             header, integers, floats, counts, records = tf.while_loop(proceed, advance, start, parallel_iterations=1)
-            loss = self._conclude(header.fired, program.written if undoes else [], before)
+            loss, values = tf.constant(np.nan, tf.float64), []
+            if loss_of:
+                ends = (header.fired != 0) & (header.fired < _NOT_FINITE)
+                unknown = loss
+                loss, values = tf.cond(ends, lambda: (loss_of(), read()), lambda: (unknown, read()))
             records = {name: record.stack() for name, record in records.items()}
-            return packing.pack([*header, *integers]), floats, loss, counts, records
+            return packing.pack([*header, *integers]), floats, loss, before, values, counts, records
 
         limit, clock = tf.TensorSpec([], tf.int64), tf.TensorSpec([], tf.float64)
         specs = [tf.TensorSpec(part.shape, part.dtype) for part in self.begin()]
@@ -438,22 +454,6 @@ class CompiledDriver(Driver):
         function = compiled.get_concrete_function(limit, clock, *specs, feed)
         # The public call spends 35 us on matching arguments to the signature, a third of a live step.
         return function._call_flat, function.captured_inputs, queue
-
-    def _conclude(self, fired: Any, written: Sequence[tf.Variable], before: Sequence[tf.Tensor]) -> tf.Tensor:
-        """Ends a chunk: returns the loss if the run ends there, and undoes what was written if that is not finite."""
-        unknown = tf.constant(np.nan, tf.float64)
-        finite = fired < _NOT_FINITE
-
-        def keep() -> tf.Tensor:
-            loss = self.traced_loss
-            return tf.cond((fired != 0) & finite, lambda: loss(), lambda: unknown) if loss else unknown
-
-        def undo() -> tf.Tensor:
-            for variable, value in zip(written, before, strict=True):
-                variable.assign(value)
-            return unknown
-
-        return tf.cond(finite, keep, undo) if written else keep()
 
     def begin(self, state: State | None = None) -> tuple[tf.Tensor, tf.Tensor]:
         """Returns the state, packed."""
@@ -502,7 +502,8 @@ class CompiledDriver(Driver):
         clock = _constant(seconds if "seconds" in self.body.needs else 0.0, tf.float64)
         started = time.perf_counter()
         try:
-            integers, floats, loss, counts, records = call([_constant(limit, tf.int64), clock, *state, *feed], captured)
+            given = [_constant(limit, tf.int64), clock, *state, *feed]
+            integers, floats, loss, before, values, counts, records = call(given, captured)
         except tf.errors.OpError as error:
             if queue and (queue.size() or _FROM_DATA in str(error)):
                 return self._until(error, state, program, queue)
@@ -521,6 +522,8 @@ class CompiledDriver(Driver):
         culprits = {}
         if not finite:
             if undoes:
+                for variable, value in zip(program.written, before, strict=True):
+                    variable.assign(value)
                 before_it = call([_constant(taken - 1, tf.int64), clock, *state, *feed], captured)[:2]
                 finite, counts = self._refuse(program, key, portion, before_it, clock, taken - 1)
                 if finite and not program.overflows:
@@ -536,7 +539,9 @@ class CompiledDriver(Driver):
             records = dict(zip(program.records, queue.dequeue_many(taken)[-len(program.records) :], strict=True))
         columns = {name: to_array(record) for name, record in records.items()}
         loss = to_array(loss).item() if fired and finite and self.traced_loss else None
-        return Advance((integers, floats), taken, fired, evaluations, columns, loss, bool(exhausted), finite, culprits)
+        values = values if finite else ()  # which the host may have changed since
+        state = integers, floats
+        return Advance(state, taken, fired, evaluations, columns, loss, values, bool(exhausted), finite, culprits)
 
     def _until(self, error: Exception, state: Any, program: _Program, queue: Any) -> Advance:
         """Returns the steps that were taken before the data has raised."""
@@ -554,7 +559,7 @@ class CompiledDriver(Driver):
         return program.jit and (self._strict or program.shape in (None, portion.size))
 
     def _undoes(self, program: _Program, portion: Portion) -> bool:
-        """Returns whether a chunk undoes itself, rather than each step look whether it may update anything."""
+        """Returns whether a chunk is undone, rather than each step look whether it may update anything."""
         return self.body.guards and self._compiles(program, portion) and not program.draws
 
     def _look_closer(self, program, state, before_it, records, taken, limit, seconds, portion: Portion) -> Advance:

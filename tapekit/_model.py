@@ -14,7 +14,7 @@ from keras.src.trainers.trainer import model_supports_jit
 
 from tapekit._describe import describe
 from tapekit._optimizers import Updater
-from tapekit._tensors import tf_variable
+from tapekit._tensors import tf_variable, with_known_shape
 from tapekit.callbacks._dispatch import KERAS_LOSS
 from tapekit.steps import MinimizeStep, Problem, Step, TapeStep
 
@@ -343,8 +343,9 @@ class TrainStep(Step):
         updater = self._updaters.setdefault(id(optimizer), Updater(optimizer))
 
         def apply(grads: Any, trainable_variables: Any = None, **kwargs: Any) -> Any:
-            gradients = list(grads)
             variables = list(optimizer._trainable_variables if trainable_variables is None else trainable_variables)
+            pairs = zip(grads, variables, strict=True)
+            gradients = [with_known_shape(gradient, tf_variable(variable)) for gradient, variable in pairs]
             present = [position for position, gradient in enumerate(gradients) if gradient is not None]
             true = updater.true([gradients[position] for position in present])
             targets = [variables[position] for position in present]

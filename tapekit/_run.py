@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Sequence
+import types
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import keras
@@ -75,6 +76,7 @@ class Run:
         self._records = Records()
         self._state = driver.begin()
         self._last: Advance | None = None
+        self._values: Sequence[Any] = ()
         self._loss: float | None = None
         self._closed = False
         self._ended = False
@@ -228,12 +230,13 @@ class Run:
 
     def advance(self, limit: int) -> Advance:
         """Takes up to `limit` steps and keeps their records."""
+        self._values = ()  # which these steps change, also if they are broken off
         chunk = self._driver.advance(self._state, limit, time.perf_counter() - self._started)
         self._keep(chunk)
         return chunk
 
     def _keep(self, chunk: Advance) -> None:
-        self._state = chunk.state
+        self._state, self._values = chunk.state, chunk.values
         if chunk.taken:
             self._records.extend(without_keras_loss(chunk.columns), chunk.taken)
             self.step += chunk.taken
@@ -345,7 +348,7 @@ class Run:
                 loss = best_loss
         self._result = OptimizationResult(
             loss=loss,
-            variables=_arrays(self._structure),
+            variables=self._variables(),
             best_loss=best_loss,
             best_variables=best_variables,
             steps=self.step - self._first,
@@ -357,6 +360,13 @@ class Run:
         )
         logger.info("%d steps in %.3g s: %s", self._result.steps, self._result.seconds, message)
         return self._result
+
+    def _variables(self) -> Any:
+        """Returns what the variables are now, in the structure in which they were given."""
+        if not self._values or self._may_have_changed or self._restore_best:
+            return _arrays(self._structure)
+        ids = [id(tf_variable(variable)) for variable in self._driver.body.variables]
+        return _arrays(self._structure, dict(zip(ids, self._values, strict=True)))
 
     def _best(self, lowest: float) -> tuple[float, Any]:
         """Returns the lowest finite loss and the variables that have it, which get them if that is wanted."""
@@ -470,10 +480,16 @@ def _listed(culprits: dict[str, str]) -> str:
 _LISTED = 5
 
 
-def _arrays(structure: Any) -> Any:
+def _arrays(structure: Any, values: Mapping[int, Any] = types.MappingProxyType({})) -> Any:
+    """Returns the arrays of variables, whose `values` may be known already, by their ids."""
     if type(structure) is list:  # as nearly always, and far sooner done than by what knows all structures
-        return [_arrays(part) for part in structure]
-    return tree.map_structure(lambda variable: to_array(read_variable(tf_variable(variable))).copy(), structure)
+        return [_arrays(part, values) for part in structure]
+
+    def array(variable: Any) -> np.ndarray:
+        value = values.get(id(tf_variable(variable)))
+        return to_array(read_variable(tf_variable(variable)) if value is None else value).copy()
+
+    return tree.map_structure(array, structure)
 
 
 def tell_stop_when(callbacks: Any, criteria: Any, states: Any, fired: int, logs: dict[str, Any]) -> None:

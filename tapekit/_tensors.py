@@ -44,3 +44,14 @@ def map_values(function: Callable[[Any], Any], gradient: Any) -> Any:
     if isinstance(gradient, tf.IndexedSlices):
         return tf.IndexedSlices(function(gradient.values), gradient.indices, gradient.dense_shape)
     return gradient if gradient is None else function(gradient)
+
+
+def with_known_shape(gradient: Any, variable: Any) -> Any:
+    """Returns a gradient, which may be `tf.IndexedSlices`, with the shape of its variable where that is fixed.
+
+    XLA must know such a shape when it compiles. Where it comes out of a call of a `tf.function`, TensorFlow takes what
+    goes into the call for known too, the values of variables included, and compiles anew for other values.
+    """
+    if not isinstance(gradient, tf.IndexedSlices) or not variable.shape.is_fully_defined():
+        return gradient
+    return tf.IndexedSlices(gradient.values, gradient.indices, tf.constant(variable.shape.as_list(), tf.int64))

@@ -17,7 +17,7 @@ from tapekit._nonfinite import Guard, count_nonfinite
 from tapekit._objective import Objective, used_variables
 from tapekit._optimizers import Updater, all_finite, sum_finite
 from tapekit._tape import Intermediates, collecting
-from tapekit._tensors import map_values, tf_variable
+from tapekit._tensors import map_values, tf_variable, with_known_shape
 from tapekit.callbacks._base import recording
 
 __all__ = ["MinimizeStep", "Problem", "Step", "TapeStep", "get"]
@@ -212,7 +212,8 @@ class Problem:
             [4.]
         """
         variables = self.variables if variables is None else variables
-        true = _after_checks(gradients)
+        pairs = zip(gradients, variables, strict=True)
+        true = _after_checks([with_known_shape(gradient, tf_variable(variable)) for gradient, variable in pairs])
         gradients, recorded = list(true), {}
         with recording(recorded, self._updates):
             for hook in self._hooks:

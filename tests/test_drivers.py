@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
+import subprocess
+import sys
 import time
 
 import keras
@@ -106,6 +109,40 @@ def test_one_trace_a_run_whatever_its_length_and_none_for_the_same_objective_aga
             break
     assert loop.traces == 1
     assert len(calls) == 1
+
+
+_SPARSE = """
+import sys, keras, numpy as np, tensorflow as tf, tapekit as tk
+
+def run(wrap, **settings):
+    table = tf.Variable(tf.ones([4, 3]))
+    loss = wrap(lambda: tf.reduce_sum(tf.gather(table, [0, 2, 2]) ** 2))
+    loop = tk.OptimizationLoop("adam", max_iterations=3, jit_compile=True, **settings)
+    for _ in range(3):
+        loop.minimize(loss, [table])
+
+run(lambda loss: loss)
+run(tf.function)
+run(tf.function, step=tk.MinimizeStep())
+run(tf.function, stopping=tk.stopping.GradientNormBelow(1e-9))
+
+class Called(keras.Sequential):
+    def call(self, inputs, **more):
+        return tf.function(super().call, autograph=False)(inputs, **more)
+
+model = Called([keras.Input((2,), dtype="int32"), keras.layers.Embedding(4, 3), keras.layers.Flatten()])
+model.compile("adam", "mse", jit_compile=True)
+loop = tk.OptimizationLoop()
+for _ in range(3):
+    loop.fit(model, np.zeros((8, 2)), np.zeros((8, 6)), 4, verbose=0)
+"""
+
+
+def test_sparse_gradients_out_of_a_call_are_compiled_once(tmp_path):
+    environment = {**os.environ, "XLA_FLAGS": f"--xla_dump_to={tmp_path}", "TF_CPP_MIN_LOG_LEVEL": "3"}
+    subprocess.run([sys.executable, "-c", _SPARSE], env=environment, check=True, capture_output=True, timeout=120)
+    compiled = list(tmp_path.glob("*.cpu_after_optimizations.txt"))
+    assert len(compiled) == 5
 
 
 @pytest.mark.parametrize("driver", DRIVERS)

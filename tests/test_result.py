@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import sys
 
@@ -9,9 +10,10 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from problems import DRIVERS
+from problems import DRIVERS, PROBLEMS
 
 import tapekit as tk
+from tapekit import _drivers
 
 
 def _minimize(**settings):
@@ -27,6 +29,48 @@ def test_the_loss_is_evaluated_once_more_at_the_variables_that_are_returned(driv
     assert result.loss == pytest.approx(np.sum((result.variables[0] - 4.0) ** 2), rel=1e-12)
     assert result.loss < result.history["loss"][-1]
     assert result.evaluations == 4
+
+
+@pytest.mark.parametrize("problem", PROBLEMS, ids=lambda problem: problem.name)
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_the_variables_of_a_result_are_what_the_variables_are(driver, problem):
+    variables, loss = problem.make()
+    loop = tk.OptimizationLoop("adam", max_iterations=5, steps_per_execution=3, **DRIVERS[driver])
+    for _ in range(2):
+        result = loop.minimize(loss, variables)
+        for found, variable in zip(result.variables, variables, strict=True):
+            np.testing.assert_array_equal(found, np.asarray(variable))
+            found[...] = 0.0  # an array of its own
+        result = loop.minimize(loss, {"one": variables[0], "rest": variables[1:]})
+        np.testing.assert_array_equal(result.variables["one"], np.asarray(variables[0]))
+
+
+@pytest.mark.parametrize("size", [1, _drivers.CompiledDriver.WORTH_HANDING_OVER, 100_000])
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_small_variables_and_large_ones_are_returned_and_only_while_nobody_has_changed_them(driver, size):
+    x, unused = tf.Variable(tf.zeros([size])), tf.Variable(7.0)
+    loop = tk.OptimizationLoop(keras.optimizers.SGD(0.25), max_iterations=2, **DRIVERS[driver])
+    run = functools.partial(loop.minimize, lambda: tf.reduce_sum((x - 4.0) ** 2), [x, unused], allow_unused=True)
+    for _ in range(2):
+        result = run()
+        np.testing.assert_array_equal(result.variables[0], x.numpy())
+        assert result.variables[1] == 7.0
+    assert x.numpy().min() == 3.75
+    reset = keras.callbacks.LambdaCallback(on_train_end=lambda logs: x.assign(tf.ones([size])))
+    assert set(run(callbacks=[reset]).variables[0]) == {1.0}
+
+
+def test_the_variables_are_right_where_xla_takes_their_values_for_constants():
+    x = tf.Variable([1.0, 2.0, 3.0])
+    inner = tf.function(lambda: (x * 1.0, tf.size(x)))
+
+    def loss():
+        y, size = inner()
+        return tf.reduce_sum(y**2) + tf.reduce_sum(tf.zeros([size]))  # a size that XLA must know, out of a call
+
+    loop = tk.OptimizationLoop("adam", max_iterations=5, jit_compile=True)
+    for _ in range(2):
+        np.testing.assert_array_equal(loop.minimize(loss, [x]).variables[0], x.numpy())
 
 
 def test_scipys_names_say_the_same():
