@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Callable
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import tensorflow as tf
@@ -22,6 +24,7 @@ class Portion(NamedTuple):
             batches come one after the other.
         take: `take()` is the next batch, a structure of tensors; raises `StopIteration` when there is none.
         stream: where the batches come from, if they are not all at hand.
+        ahead: how many batches of a stream may be read before somebody looks.
     """
 
     key: str = ""
@@ -32,6 +35,7 @@ class Portion(NamedTuple):
     batch: Callable[[Any, Any], Any] | None = lambda feed, n: ()
     take: Callable[[], Any] = lambda: ()
     stream: Stream | None = None
+    ahead: int = 0
 
 
 NO_DATA = Portion()
@@ -61,6 +65,7 @@ class Stream:
             self._signature = {"output_types": [leaf.dtype for leaf in leaves], "output_shapes": _shapes(leaves)}
         self._waiting: collections.deque[Any] = collections.deque()
         self._end: Exception | None = None
+        self._room = 1
 
     def portion(self) -> Portion:
         """Returns the batches that are left."""
@@ -104,10 +109,37 @@ class Stream:
             if not self._is_static and _shapes(following) != _shapes(first):
                 break
             batches.append(following)
-        count = len(batches)
+        self._room, count = room, len(batches)
         batches += batches[-1:] * (room - count)  # since each number would be compiled apart
         feed = [tf.stack(leaves) for leaves in zip(*batches, strict=True)] if room > 1 else first
         return Portion(self._key, self._spec, tuple(_shapes(first)), feed, count, _nth_of(self._spec, room))
+
+    @contextlib.contextmanager
+    def reading(self, most: int) -> Iterator[None]:
+        """Reads on in another thread while a chunk runs, so that the pipeline does not wait for it.
+
+        Args:
+            most: how many batches may be waiting at most, those included that were stacked.
+        """
+        most = min(most, 2 * self._room)
+        left = threading.Event()
+
+        def read() -> None:
+            while len(self._waiting) < most and not (self._end or left.is_set()):
+                try:
+                    self._waiting.append(self._read())
+                except Exception as end:  # kept, to be raised when those before it have been taken
+                    self._end = end
+
+        thread = threading.Thread(target=read, name="tapekit reads batches", daemon=True)
+        if len(self._waiting) < most:
+            thread.start()
+        try:
+            yield
+        finally:
+            left.set()
+            if thread.ident:
+                thread.join()
 
     def drop(self, count: int) -> None:
         """Lets go of the next `count` batches, which were stacked."""

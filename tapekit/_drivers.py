@@ -483,7 +483,8 @@ class CompiledDriver(Driver):
                 self._try_both(program, stacked._replace(length=None))
                 self._set(program, self._period, portion)
                 began = time.perf_counter()
-        chunk = self._advance(program, state, min(limit, stacked.length or 1), seconds, stacked, began)
+        with stream.reading(portion.ahead if program.jit else 0):
+            chunk = self._advance(program, state, min(limit, stacked.length or 1), seconds, stacked, began)
         stream.drop(chunk.taken)
         return chunk
 

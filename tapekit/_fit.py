@@ -387,8 +387,9 @@ class FitRun(Run):
         if (self._portion.key, self._portion.size) != self._shape:
             self._shape = self._portion.key, self._portion.size
             self._driver.prepare(self.dispatch.period(self._batches.num_batches or 1 << 30), self._portion)
-        limit = 1 if self._batches.may_raise else super().steps_to_next_edge()
-        return limit if self._portion.length is None else min(limit, self._portion.length)
+        at_most = 1 if self._batches.may_raise else self._portion.length or 1 << 62
+        self._portion = self._portion._replace(ahead=self.dispatch.steps_to_edge(self.step, at_most))
+        return min(self._portion.ahead, self._driver.limit())
 
     def advance(self, limit: int) -> Advance:
         """Takes up to `limit` steps and keeps their records."""

@@ -162,7 +162,8 @@ class Session(keras.callbacks.Callback):
             return Advance(self._state, 0, 0, 0, {}, None, exhausted=True)
         self._choose_driver(portion.spec)
         self._driver.prepare(self._dispatch.period(self._target.steps_per_execution), portion)
-        limit = self._dispatch.steps_to_edge(self._step, min(wanted, portion.length or wanted, self._driver.limit()))
+        ahead = self._dispatch.steps_to_edge(self._step, min(wanted, portion.length or wanted))
+        limit, portion = min(ahead, self._driver.limit()), portion._replace(ahead=ahead)
         chunk = self._driver.advance(self._state, limit, time.perf_counter() - self._started, portion)
         self._state = chunk.state
         if chunk.taken:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import collections
 import functools
 import itertools
 import logging
+import threading
 import time
 
 import keras
@@ -471,6 +473,38 @@ def test_a_stream_is_read_no_farther_than_to_the_step_that_somebody_sees():
     loop = tk.OptimizationLoop(jit_compile=True, max_iterations=20)
     loop.fit(compiled(functional()), dataset, shuffle=False, verbose=0, callbacks=[Watch()])
     assert seen == [(step, step) for step in (5, 10, 15, 20)]
+
+
+def test_a_stream_is_read_on_while_a_chunk_runs_and_by_nobody_while_a_hook_does(monkeypatch):
+    class Watch(tk.Callback):
+        every = 10
+
+        def on_step(self, step, logs):
+            seen.append((step, sum(readers.values()), [thread.name for thread in threading.enumerate()]))
+
+    def read(stream):
+        readers[threading.current_thread().name] += 1
+        return real(stream)
+
+    real, readers, seen = Stream._read, collections.Counter(), []
+    monkeypatch.setattr(Stream, "_read", read)
+    x, y = (np.repeat(part, 10, axis=0) for part in data())
+    dataset = tf.data.Dataset.from_tensor_slices((x, y)).batch(4)
+    loop = tk.OptimizationLoop(jit_compile=True, steps_per_execution=2)
+    result = loop.fit(compiled(functional()), dataset, shuffle=False, verbose=0, callbacks=[Watch()])
+    assert len(readers) == 2, "the main thread and another"
+    assert [(step, count) for step, count, _ in seen] == [(step, step) for step in range(10, result.steps + 1, 10)]
+    assert not any("tapekit" in name for _, _, names in seen for name in names)
+
+
+def test_a_pipeline_that_raises_while_a_chunk_runs_ends_the_run_after_the_steps_before():
+    x, y = (np.repeat(part, 10, axis=0) for part in data())
+    x[37 * 4] = np.nan
+    dataset = tf.data.Dataset.from_tensor_slices((x, y)).map(lambda x, y: (tf.debugging.check_numerics(x, "broken"), y))
+    loop = tk.OptimizationLoop(jit_compile=True, steps_per_execution=2)
+    with pytest.raises(tf.errors.InvalidArgumentError, match="broken"):
+        loop.fit(compiled(functional()), dataset.batch(4), shuffle=False, verbose=0)
+    assert (loop.result.steps, loop.result.reason) == (37, tk.StopReason.ERROR)
 
 
 def test_a_slow_stream_is_not_waited_for_past_a_limit_of_time():
