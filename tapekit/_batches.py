@@ -99,12 +99,8 @@ class Stream:
             room = max(2, min(period, self.MOST, self.BYTES // max(1, _bytes(first))))
         batches = [first]
         while len(batches) < min(most, room):
-            if len(batches) == len(self._waiting):
-                try:
-                    self._waiting.append(self._read())
-                except (StopIteration, tf.errors.OpError) as end:
-                    self._end = end  # to be raised when those before it have been taken
-                    break
+            if len(batches) == len(self._waiting) and not self._read_one_more():
+                break
             following = self._waiting[len(batches)]
             if not self._is_static and _shapes(following) != _shapes(first):
                 break
@@ -122,29 +118,35 @@ class Stream:
             most: how many batches may be waiting at most, those included that were stacked.
         """
         most = min(most, 2 * self._room)
+        if len(self._waiting) >= most:
+            yield
+            return
         left = threading.Event()
 
         def read() -> None:
-            while len(self._waiting) < most and not (self._end or left.is_set()):
-                try:
-                    self._waiting.append(self._read())
-                except Exception as end:  # kept, to be raised when those before it have been taken
-                    self._end = end
+            while len(self._waiting) < most and not left.is_set() and self._read_one_more():
+                pass
 
         thread = threading.Thread(target=read, name="tapekit reads batches", daemon=True)
-        if len(self._waiting) < most:
-            thread.start()
+        thread.start()
         try:
             yield
         finally:
             left.set()
-            if thread.ident:
-                thread.join()
+            thread.join()
 
     def drop(self, count: int) -> None:
         """Lets go of the next `count` batches, which were stacked."""
         for _ in range(count):
             self._waiting.popleft()
+
+    def _read_one_more(self) -> bool:
+        """Lets one more batch wait; returns whether there was one. If not, why is kept until those before are taken."""
+        try:
+            self._waiting.append(self._read())
+        except Exception as end:  # raised by the next `_read`
+            self._end = end
+        return self._end is None
 
     def _read(self) -> list[Any]:
         if self._end:

@@ -389,17 +389,10 @@ class CompiledDriver(Driver):
         # the last step turns out not to be finite, the host undoes the chunk and goes as far as was right.
         undoes = self._undoes(program, portion)
         chunk_guard = (Guard.ALWAYS if program.overflows else Guard.BY_SUM) if undoes else Guard.FINITE
-        variables = [tf_variable(variable) for variable in self.body.variables]
-        size = sum(variable.shape.num_elements() for variable in variables)
-        loss_of = self.traced_loss
-        handed_over = variables if loss_of and size <= self.WORTH_HANDING_OVER else []
         queue = None
         if batch_of is None:
             parts = [*integers, floats, *rows.values()]
             queue = tf.queue.FIFOQueue(capacity, [part.dtype for part in parts], [part.shape for part in parts])
-
-        def read() -> list[tf.Tensor]:  # in a branch, since outside of one XLA may give values of before the loop
-            return [variable.read_value() for variable in handed_over]
 
         def run(limit, seconds, integers, floats, feed):
             def proceed(header, integers, floats, counts, records):
@@ -439,11 +432,7 @@ class CompiledDriver(Driver):
             header = _Header(tf.constant(0, tf.int64), tf.constant(0), tf.constant(False))
             start = header, packing.unpack(integers), floats, no_counts, records
             header, integers, floats, counts, records = tf.while_loop(proceed, advance, start, parallel_iterations=1)
-            loss, values = tf.constant(np.nan, tf.float64), []
-            if loss_of:
-                ends = (header.fired != 0) & (header.fired < _NOT_FINITE)
-                unknown = loss
-                loss, values = tf.cond(ends, lambda: (loss_of(), read()), lambda: (unknown, read()))
+            loss, values = self._conclude(header.fired)
             records = {name: record.stack() for name, record in records.items()}
             return packing.pack([*header, *integers]), floats, loss, before, values, counts, records
 
@@ -454,6 +443,21 @@ class CompiledDriver(Driver):
         function = compiled.get_concrete_function(limit, clock, *specs, feed)
         # The public call spends 35 us on matching arguments to the signature, a third of a live step.
         return function._call_flat, function.captured_inputs, queue
+
+    def _conclude(self, fired: Any) -> tuple[tf.Tensor, list[tf.Tensor]]:
+        """Ends a chunk: returns the loss if the run ends there, and the values of the variables if they are small."""
+        unknown, loss = tf.constant(np.nan, tf.float64), self.traced_loss
+        if not loss:
+            return unknown, []
+        variables = [tf_variable(variable) for variable in self.body.variables]
+        if sum(variable.shape.num_elements() for variable in variables) > self.WORTH_HANDING_OVER:
+            variables = []
+
+        def read() -> list[tf.Tensor]:  # in a branch, since outside of one XLA may give values of before the loop
+            return [variable.read_value() for variable in variables]
+
+        ends = (fired != 0) & (fired < _NOT_FINITE)
+        return tf.cond(ends, lambda: (loss(), read()), lambda: (unknown, read()))
 
     def begin(self, state: State | None = None) -> tuple[tf.Tensor, tf.Tensor]:
         """Returns the state, packed."""

@@ -193,7 +193,8 @@ class Problem:
 
         Raises:
             TypeError: a hook returned something else than a list or a dict of gradients.
-            ValueError: a hook returned gradients of another number, name, shape or dtype.
+            ValueError: a hook returned gradients of another number, name, shape or dtype, or there is not one for each
+                of the variables.
 
         Example:
             >>> import tapekit as tk, tensorflow as tf
@@ -212,6 +213,10 @@ class Problem:
             [4.]
         """
         variables = self.variables if variables is None else variables
+        if len(gradients) != len(variables):
+            raise ValueError(
+                f"`gradients` must be one for each of the {len(variables)} variables, received {len(gradients)}."
+            )
         pairs = zip(gradients, variables, strict=True)
         true = _after_checks([with_known_shape(gradient, tf_variable(variable)) for gradient, variable in pairs])
         gradients, recorded = list(true), {}

@@ -112,7 +112,7 @@ def test_one_trace_a_run_whatever_its_length_and_none_for_the_same_objective_aga
 
 
 _SPARSE = """
-import sys, keras, numpy as np, tensorflow as tf, tapekit as tk
+import keras, numpy as np, tensorflow as tf, tapekit as tk
 
 def run(wrap, **settings):
     table = tf.Variable(tf.ones([4, 3]))

@@ -26,6 +26,22 @@ def _bowl_value(x):
     return 0.5 * x @ MATRIX @ x
 
 
+@every_driver
+def test_a_step_with_too_few_gradients_is_told_so_and_changes_nothing(driver):
+    class Forgetful(tk.Step):
+        def take(self, problem):
+            logs, gradients = problem.loss_and_gradients()
+            problem.apply(gradients[:1])
+            return logs
+
+    x, loss = _bowl()
+    y = keras.Variable(1.0, dtype="float64")
+    loop = tk.OptimizationLoop("sgd", step=Forgetful(), max_iterations=3, **DRIVERS[driver])
+    with pytest.raises(ValueError, match="`gradients` must be one for each of the 2 variables, received 1"):
+        loop.minimize(lambda: loss() + y.value**2, [x, y])
+    np.testing.assert_array_equal(x.numpy(), START)
+
+
 class SAMStep(tk.Step):
     """Sharpness-aware minimization, as in the documentation of `tk.Step`."""
 
