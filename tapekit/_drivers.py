@@ -236,7 +236,7 @@ class _Program:
         """Whether XLA may compile it for a stream, whose batches are stacked for that: not where each had its shape."""
         self.shape: Any = None
         """What the first of them was like."""
-        self.chunks: dict[Any, tuple[Any, Any, Any]] = {}
+        self.chunks: dict[Any, _Chunk] = {}
         self.capacity = 1
         self.jit = False
         self.written = written(step)
@@ -252,6 +252,49 @@ class _Program:
         """The step made without an update, traced for each kind of chunk in which one has not been finite."""
         self.overflows = False
         """Whether finite gradients have had a sum that is not, so that each entry must be looked at."""
+
+
+class _Outcome(NamedTuple):
+    """What comes out of a compiled loop of steps."""
+
+    integers: tf.Tensor
+    floats: tf.Tensor
+    loss: tf.Tensor
+    """The loss after the last step, if the run ends there."""
+    before: list[tf.Tensor]
+    """What the variables were that the steps have changed, if the host may have to undo them; else empty."""
+    counts: tf.Tensor | None
+    """How many entries of each gradient are not finite, if nothing is to be undone."""
+    values: list[tf.Tensor]
+    """What the variables are, if they are small; else empty."""
+    records: dict[str, tf.Tensor]
+    """One tensor for each quantity, unless a queue has them."""
+
+
+class _Chunk:
+    """A compiled loop of steps with room for their records.
+
+    Args:
+        function: the loop, which returns the parts of an `_Outcome` in one list.
+        undone: how many of them are `before`; `None` if nothing is undone.
+        records: the names of the last of them.
+        queue: where the state and the record of each step go if the data may raise: nothing else comes out then.
+    """
+
+    def __init__(self, function: Any, undone: int | None, records: Sequence[str], queue: Any) -> None:
+        # The public call spends 60 us on matching arguments to the signature and results to their structure.
+        self._call, self._captured = function._inference_function.call_flat, function.captured_inputs
+        self._undone = undone
+        self._records = records
+        self.queue = queue
+
+    def __call__(self, limit: int, *given: Any) -> _Outcome:
+        """Takes up to `limit` steps, given the clock, the state and the feed."""
+        integers, floats, loss, *rest = self._call(_constant(limit, tf.int64), *given, *self._captured)
+        counts = rest.pop(0) if self._undone is None else None
+        before, end = rest[: self._undone or 0], len(rest) - len(self._records)
+        records = dict(zip(self._records, rest[end:], strict=True))
+        return _Outcome(integers, floats, loss, before, counts, rest[len(before) : end], records)
 
 
 class CompiledDriver(Driver):
@@ -375,12 +418,8 @@ class CompiledDriver(Driver):
         rows += -rows % self.LEAST
         return max(1, min(rows, self.BYTES // program.row_bytes))
 
-    def _chunk(self, program: _Program, portion: Portion) -> Any:
-        """Returns the compiled loop of steps with room for their records, the variables that it captures, and a queue.
-
-        A stream may raise after some steps, and then nothing comes out of the loop but what has gone into the queue:
-        the state and the record of each step.
-        """
+    def _chunk(self, program: _Program, portion: Portion) -> _Chunk:
+        """Returns the compiled loop of steps with room for their records."""
         step, capacity, batch_of = program.step, program.capacity, portion.batch
         integers, floats, rows, _ = step.structured_outputs
         packing = self._packing
@@ -389,8 +428,9 @@ class CompiledDriver(Driver):
         # the last step turns out not to be finite, the host undoes the chunk and goes as far as was right.
         undoes = self._undoes(program, portion)
         chunk_guard = (Guard.ALWAYS if program.overflows else Guard.BY_SUM) if undoes else Guard.FINITE
-        queue = None
+        queue, recorded = None, program.records
         if batch_of is None:
+            recorded = []
             parts = [*integers, floats, *rows.values()]
             queue = tf.queue.FIFOQueue(capacity, [part.dtype for part in parts], [part.shape for part in parts])
 
@@ -425,7 +465,7 @@ class CompiledDriver(Driver):
             records = {
                 name: tf.TensorArray(row.dtype, capacity, element_shape=row.shape)
                 for name, row in rows.items()
-                if queue is None
+                if name in recorded
             }
             before = [variable.read_value() for variable in program.written] if undoes else []
             # The steps are counted in the type in which others count too, so that XLA makes these one counter.
@@ -433,16 +473,16 @@ class CompiledDriver(Driver):
             start = header, packing.unpack(integers), floats, no_counts, records
             header, integers, floats, counts, records = tf.while_loop(proceed, advance, start, parallel_iterations=1)
             loss, values = self._conclude(header.fired)
-            records = {name: record.stack() for name, record in records.items()}
-            return packing.pack([*header, *integers]), floats, loss, before, values, counts, records
+            was = before if undoes else [counts]
+            stacked = [records[name].stack() for name in recorded]
+            return [packing.pack([*header, *integers]), floats, loss, *was, *values, *stacked]
 
         limit, clock = tf.TensorSpec([], tf.int64), tf.TensorSpec([], tf.float64)
         specs = [tf.TensorSpec(part.shape, part.dtype) for part in self.begin()]
         feed: Any = tf.nest.map_structure(_spec, portion.feed) if batch_of else tf.data.IteratorSpec(portion.spec)
         compiled = tf.function(run, autograph=False, jit_compile=self._compiles(program, portion))
         function = compiled.get_concrete_function(limit, clock, *specs, feed)
-        # The public call spends 35 us on matching arguments to the signature, a third of a live step.
-        return function._call_flat, function.captured_inputs, queue
+        return _Chunk(function, len(program.written) if undoes else None, recorded, queue)
 
     def _conclude(self, fired: Any) -> tuple[tf.Tensor, list[tf.Tensor]]:
         """Ends a chunk: returns the loss if the run ends there, and the values of the variables if they are small."""
@@ -502,16 +542,15 @@ class CompiledDriver(Driver):
         fresh = key not in program.chunks
         if fresh:
             program.chunks[key] = self._chunk(program, portion)
-        call, captured, queue = program.chunks[key]
+        chunk = program.chunks[key]
         limit = min(limit, program.capacity)
         clock = _constant(seconds if "seconds" in self.body.needs else 0.0, tf.float64)
         started = time.perf_counter()
         try:
-            given = [_constant(limit, tf.int64), clock, *state, *feed]
-            integers, floats, loss, before, values, counts, records = call(given, captured)
+            outcome = chunk(limit, clock, *state, *feed)
         except tf.errors.OpError as error:
-            if queue and (queue.size() or _FROM_DATA in str(error)):
-                return self._until(error, state, program, queue)
+            if chunk.queue and (chunk.queue.size() or _FROM_DATA in str(error)):
+                return self._until(error, state, program, chunk.queue)
             if not (fresh and jit):
                 raise
             why = _cause(error)
@@ -522,14 +561,15 @@ class CompiledDriver(Driver):
             self._fall_back(why)
             self.prepare(self._period, portion)
             return self.advance(state, limit, seconds, portion)
-        taken, fired, exhausted, _, evaluations = to_array(integers)[:5].tolist()
+        taken, fired, exhausted, _, evaluations = to_array(outcome.integers)[:5].tolist()
         finite, fired = fired < _NOT_FINITE, fired % _NOT_FINITE
-        culprits = {}
+        culprits, records = {}, outcome.records
         if not finite:
+            counts = outcome.counts
             if undoes:
-                for variable, value in zip(program.written, before, strict=True):
+                for variable, value in zip(program.written, outcome.before, strict=True):
                     variable.assign(value)
-                before_it = call([_constant(taken - 1, tf.int64), clock, *state, *feed], captured)[:2]
+                before_it = chunk(taken - 1, clock, *state, *feed)[:2]
                 finite, counts = self._refuse(program, key, portion, before_it, clock, taken - 1)
                 if finite and not program.overflows:
                     return self._look_closer(program, state, before_it, records, taken - 1, limit, seconds, portion)
@@ -538,15 +578,14 @@ class CompiledDriver(Driver):
             self._pace.observe(taken, time.perf_counter() - (began or started))
             if self._pace.call_matters:  # a thousand variables take longer to hand over than to update
                 started = time.perf_counter()
-                call([_constant(0, tf.int64), clock, integers, floats, *feed], captured)
+                chunk(0, clock, *outcome[:2], *feed)
                 self._pace.call = time.perf_counter() - started
-        if queue and taken:
-            records = dict(zip(program.records, queue.dequeue_many(taken)[-len(program.records) :], strict=True))
+        if chunk.queue and taken:
+            records = dict(zip(program.records, chunk.queue.dequeue_many(taken)[-len(program.records) :], strict=True))
         columns = {name: to_array(record) for name, record in records.items()}
-        loss = to_array(loss).item() if fired and finite and self.traced_loss else None
-        values = values if finite else ()  # which the host may have changed since
-        state = integers, floats
-        return Advance(state, taken, fired, evaluations, columns, loss, values, bool(exhausted), finite, culprits)
+        loss = to_array(outcome.loss).item() if fired and finite and self.traced_loss else None
+        values = outcome.values if finite else ()  # which the host may have changed since
+        return Advance(outcome[:2], taken, fired, evaluations, columns, loss, values, bool(exhausted), finite, culprits)
 
     def _until(self, error: Exception, state: Any, program: _Program, queue: Any) -> Advance:
         """Returns the steps that were taken before the data has raised."""

@@ -363,7 +363,7 @@ class Run:
 
     def _variables(self) -> Any:
         """Returns what the variables are now, in the structure in which they were given."""
-        if not self._values or self._may_have_changed or self._restore_best:
+        if not self._values or self._may_have_changed:
             return _arrays(self._structure)
         ids = [id(tf_variable(variable)) for variable in self._driver.body.variables]
         return _arrays(self._structure, dict(zip(ids, self._values, strict=True)))
@@ -372,11 +372,12 @@ class Run:
         """Returns the lowest finite loss and the variables that have it, which get them if that is wanted."""
         last = math.nan if self._loss is None else self._loss
         if math.isfinite(last) and last < lowest:
-            return last, _arrays(self._structure)
+            return last, self._variables()
         if not math.isfinite(lowest):
-            return math.nan, _arrays(self._structure)
+            return math.nan, self._variables()
         best = {id(variable): value for variable, value in self._driver.body.best}
         if self._restore_best:
+            self._values = ()
             for variable, value in self._driver.body.best:
                 variable.assign(value)
         return lowest, _arrays(tree.map_structure(lambda v: best.get(id(tf_variable(v)), v), self._structure))

@@ -328,22 +328,17 @@ def test_the_pace_does_not_take_a_slow_call_for_slow_steps():
 def test_many_variables_are_not_stepped_one_by_one(monkeypatch):
     """Handing over is made slow here; with a thousand variables it is."""
     x, lengths = tf.Variable(np.zeros(2)), []
-    chunk, advance = _drivers.CompiledDriver._chunk, _drivers.CompiledDriver.advance
+    take, advance = _drivers._Chunk.__call__, _drivers.CompiledDriver.advance
 
-    def slow(self, program, portion):
-        call, captured, queue = chunk(self, program, portion)
-
-        def slow_call(*arguments):
-            time.sleep(0.03)
-            return call(*arguments)
-
-        return slow_call, captured, queue
+    def slow(*arguments):
+        time.sleep(0.03)
+        return take(*arguments)
 
     def seen(self, state, limit, *arguments):
         lengths.append(limit)
         return advance(self, state, limit, *arguments)
 
-    monkeypatch.setattr(_drivers.CompiledDriver, "_chunk", slow)
+    monkeypatch.setattr(_drivers._Chunk, "__call__", slow)
     monkeypatch.setattr(_drivers.CompiledDriver, "advance", seen)
     loop = tk.OptimizationLoop("sgd", max_iterations=200)
     loss = lambda: tf.reduce_sum((x - 4.0) ** 2)  # noqa: E731

@@ -13,7 +13,7 @@ import tensorflow as tf
 from problems import BY_NAME, DRIVERS
 
 import tapekit as tk
-from tapekit import _drivers
+from tapekit import _drivers, _run
 
 
 def _minimize(**settings):
@@ -58,6 +58,25 @@ def test_small_variables_and_large_ones_are_returned_and_only_while_nobody_has_c
     assert x.numpy().min() == 3.75
     reset = keras.callbacks.LambdaCallback(on_train_end=lambda logs: x.assign(tf.ones([size])))
     assert set(run(callbacks=[reset]).variables[0]) == {1.0}
+
+
+@pytest.mark.parametrize("driver", ["graph", "xla"])
+def test_nobody_reads_variables_that_a_run_has_handed_over(driver, monkeypatch):
+    def read(variable):
+        reads.append(variable)
+        return real(variable)
+
+    real, reads = _run.read_variable, []
+    monkeypatch.setattr(_run, "read_variable", read)
+    _, result, x = _minimize(max_iterations=3, **DRIVERS[driver])
+    assert (result.best_loss, reads) == (result.loss, []), "the last ones are the best ones"
+    result.best_variables[0][...] = 0.0  # an array of its own
+    np.testing.assert_array_equal(result.variables[0], x.numpy())
+
+    loop = tk.OptimizationLoop(keras.optimizers.SGD(2.0), max_iterations=3, **DRIVERS[driver])
+    result = loop.minimize(lambda: tf.reduce_sum((x - 4.0) ** 2), [x], restore_best=True)  # goes up
+    assert (result.loss, reads != []) == (result.history["loss"][0], True)
+    np.testing.assert_array_equal(result.variables[0], x.numpy())
 
 
 def test_the_variables_are_right_where_xla_takes_their_values_for_constants():
