@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import os
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import json
+import sys
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import tensorflow as tf
 
-from tests.benchmarks.harness import Peer, Table, compare, installed
+from tests.benchmarks.harness import Peer, Row, Table, compare, in_new_processes, installed
 
 RATE = 2.0**-20
 CALLS = 100
+ONE_KERNEL = "--xla_backend_extra_options=xla_cpu_small_while_loop_byte_threshold=65536"
+"""Lets XLA make one kernel of a loop whose step moves at most so many bytes; 1,024 if `XLA_FLAGS` says nothing."""
 
 
-def by_tensorflow(steps: int, is_variable: bool) -> Callable[[], float]:
+def by_tensorflow(steps: int, is_variable: bool, shape: tuple[int, ...] = ()) -> Callable[[], float]:
     """The descent of (x - 4)^2 in one `tf.while_loop` under XLA, with the rate a constant or, as Keras has it, not."""
-    x, rate = tf.Variable(0.0, dtype=tf.float64), tf.Variable(RATE)
+    x, rate = tf.Variable(tf.zeros(shape, tf.float64)), tf.Variable(RATE)
 
     @tf.function(jit_compile=True, autograph=False)
     def descend() -> Any:
@@ -26,21 +35,22 @@ def by_tensorflow(steps: int, is_variable: bool) -> Callable[[], float]:
 
         return tf.while_loop(lambda step, x: step < steps, advance, (0, x.read_value()))[1]
 
-    return lambda: float(descend())
+    return lambda: descend().numpy().flat[0].item()
 
 
-def by_jax(steps: int, is_variable: bool) -> Callable[[], float]:
+def by_jax(steps: int, is_variable: bool, shape: tuple[int, ...] = ()) -> Callable[[], float]:
     """The same in JAX."""
     import jax
 
     jax.config.update("jax_enable_x64", True)
+    start = jax.numpy.zeros(shape)
 
     @jax.jit
     def descend(x: Any, rate: Any) -> Any:
         factor = rate if is_variable else RATE
         return jax.lax.fori_loop(0, steps, lambda _, x: x - factor * (2.0 * (x - 4.0)), x)
 
-    return lambda: float(descend(0.0, RATE))
+    return lambda: descend(start, RATE).flatten()[0].item()
 
 
 def calls() -> dict[str, Callable[[], float]]:
@@ -63,16 +73,45 @@ def tables(quick: bool) -> Iterator[Table]:
         quick: whether to take few steps once.
 
     Yields:
-        A table for the cost of a call, and one for a learning rate that the compiler does not know.
+        A table for the cost of a call, one for a learning rate that the compiler does not know, and one for a step
+        that moves more bytes than XLA has in a loop that is one kernel.
     """
     rounds = 1 if quick else 15
     peers = [Peer(name, run, CALLS) for name, run in calls().items()]
     yield compare("limit: a call, a step being one", peers, rounds, 0.0)
     steps = 1_000 if quick else 100_000
-    makers = {"TensorFlow, XLA": by_tensorflow} | ({"JAX": by_jax} if installed("jax") else {})
+    makers = MAKERS if installed("jax") else {"TensorFlow, XLA": by_tensorflow}
     peers = [
         Peer(f"{name}, the rate {what}", make(steps, is_variable), steps)
         for name, make in makers.items()
         for what, is_variable in (("a constant", False), ("not", True))
     ]
     yield compare(f"limit: a descent, {steps:,} steps", peers, rounds, 1e-9)
+
+    cases = {f"{who}{how}": (who, flags) for who in makers for how, flags in (("", ""), (", one kernel", ONE_KERNEL))}
+    names = list(cases)[:1] if quick else 5 * list(cases)
+    found: dict[str, list[dict[str, float]]] = {}
+    for name, made in zip(names, in_new_processes(__name__, [(*cases[n], steps) for n in names], 1), strict=True):
+        found.setdefault(name, []).append(made)
+    rows = [
+        Row(name, steps, made[0]["first"], [once["second"] for once in made], made[0]["loss"])
+        for name, made in found.items()
+    ]
+    yield Table(f"limit: a descent in 100 dimensions, {steps:,} steps", rows)
+
+
+MAKERS: dict[str, Callable[..., Callable[[], float]]] = {"TensorFlow, XLA": by_tensorflow, "JAX": by_jax}
+
+
+def measure(who: str, flags: str, steps: int) -> dict[str, float]:
+    """Makes the descent in a hundred dimensions twice, in a process in which XLA has not been used."""
+    os.environ["XLA_FLAGS"] = flags
+    run, times = MAKERS[who](steps, False, (100,)), [time.perf_counter()]
+    for _ in range(2):
+        value = run()
+        times.append(time.perf_counter())
+    return {"first": times[1] - times[0], "second": times[2] - times[1], "loss": value}
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure(sys.argv[1], sys.argv[2], int(sys.argv[3]))))
