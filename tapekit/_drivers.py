@@ -463,9 +463,7 @@ class CompiledDriver(Driver):
 
             no_counts = tf.zeros([0 if undoes else len(self.body.suspects)], tf.int64)
             records = {
-                name: tf.TensorArray(row.dtype, capacity, element_shape=row.shape)
-                for name, row in rows.items()
-                if name in recorded
+                name: tf.TensorArray(rows[name].dtype, capacity, element_shape=rows[name].shape) for name in recorded
             }
             before = [variable.read_value() for variable in program.written] if undoes else []
             # The steps are counted in the type in which others count too, so that XLA makes these one counter.

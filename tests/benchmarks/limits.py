@@ -53,6 +53,9 @@ def by_jax(steps: int, is_variable: bool, shape: tuple[int, ...] = ()) -> Callab
     return lambda: descend(start, RATE).flatten()[0].item()
 
 
+MAKERS: dict[str, Callable[..., Callable[[], float]]] = {"TensorFlow, XLA": by_tensorflow, "JAX": by_jax}
+
+
 def calls() -> dict[str, Callable[[], float]]:
     """Calls of a compiled function that adds one to a number, and gives the sum to Python."""
     number = tf.constant(1.0)
@@ -98,9 +101,6 @@ def tables(quick: bool) -> Iterator[Table]:
         for name, made in found.items()
     ]
     yield Table(f"limit: a descent in 100 dimensions, {steps:,} steps", rows)
-
-
-MAKERS: dict[str, Callable[..., Callable[[], float]]] = {"TensorFlow, XLA": by_tensorflow, "JAX": by_jax}
 
 
 def measure(who: str, flags: str, steps: int) -> dict[str, float]:
