@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import random
 from collections.abc import Callable
@@ -11,13 +10,11 @@ from typing import Any
 import keras
 import numpy as np
 import tensorflow as tf
+from children import CONTEXT
 from problems import rosenbrock
 
 import tapekit as tk
 
-# Children are forked from a server that has imported TensorFlow and never used it.
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["tapekit"])
 _PATIENCE = 120.0
 """Seconds after which a child that is silent fails a test, rather than keep it waiting."""
 
@@ -129,8 +126,8 @@ def in_child(run: Callable[..., Any], directory: str | None, seconds: float | No
     Returns:
         What the run returns; `None` if it was killed before.
     """
-    here, there = _CONTEXT.Pipe(duplex=False)
-    process = _CONTEXT.Process(target=_child, args=(run, directory, there))
+    here, there = CONTEXT.Pipe(duplex=False)
+    process = CONTEXT.Process(target=_child, args=(run, directory, there))
     process.start()
     there.close()
     try:

@@ -3,12 +3,14 @@
 import functools
 import os
 import re
+import runpy
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 import pytest
+from children import CONTEXT
 
 EXAMPLES = {path.stem: path for path in (Path(__file__).parents[1] / "examples").glob("*.py")}
 
@@ -191,9 +193,33 @@ def test_every_example_has_its_expected_output_here():
     assert sorted(EXAMPLES) == sorted(PRINTED)
 
 
+def _main(path, folder, printed):
+    """What a child does: it runs an example as a program, in a folder of its own."""
+    for number, file in enumerate(printed, 1):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), number)
+    os.chdir(folder)
+    sys.argv = [str(path)]
+    runpy.run_path(str(path), run_name="__main__")
+
+
+def forked(path, folder, printed):
+    """Runs an example where TensorFlow is imported already, which takes most of the time of a short one."""
+    process = CONTEXT.Process(target=_main, args=(path, folder, printed))
+    process.start()
+    process.join(120)
+    process.kill()
+    process.join()
+    return subprocess.CompletedProcess([], process.exitcode, *(file.read_text() for file in printed))
+
+
 @pytest.mark.parametrize("name", sorted(EXAMPLES))
 def test_example_prints_what_it_shows_and_nothing_to_stumble_over(name, tmp_path):
-    done = run(EXAMPLES[name], folder=tmp_path)
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    if name == "quickstart":  # as its reader starts it
+        done = run(EXAMPLES[name], folder=folder)
+    else:
+        done = forked(EXAMPLES[name], folder, [tmp_path / "stdout", tmp_path / "stderr"])
     assert done.returncode == 0, done.stderr
 
     rest = done.stdout
@@ -206,4 +232,11 @@ def test_example_prints_what_it_shows_and_nothing_to_stumble_over(name, tmp_path
     absl_header = "WARNING: All log messages before absl::InitializeLog()"
     warned = [line for line in without_prefix(done.stderr) if not line.startswith(("I ", absl_header))]
     assert [line for line in warned if line not in import_noise()] == []
-    assert not list(tmp_path.iterdir()), "an example leaves files behind"
+    assert not list(folder.iterdir()), "an example leaves files behind"
+
+
+@pytest.mark.parametrize("name", sorted(EXAMPLES))
+def test_example_quietens_tensorflow_before_it_is_imported(name):
+    text = EXAMPLES[name].read_text(encoding="utf-8")
+    quiet = text.index('os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")')
+    assert quiet < re.search("^import (?:keras|tensorflow|tapekit)", text, re.MULTILINE).start()
