@@ -17,6 +17,8 @@ from problems import BY_NAME, DRIVERS
 
 import tapekit as tk
 from tapekit import _drivers
+from tapekit._drivers._chunk import Chunk
+from tapekit._drivers._compiled import _cause
 
 COMPILED = {name: driver for name, driver in DRIVERS.items() if name != "eager"}
 
@@ -328,7 +330,7 @@ def test_the_pace_does_not_take_a_slow_call_for_slow_steps():
 def test_many_variables_are_not_stepped_one_by_one(monkeypatch):
     """Handing over is made slow here; with a thousand variables it is."""
     x, lengths = tf.Variable(np.zeros(2)), []
-    take, advance = _drivers._Chunk.__call__, _drivers.CompiledDriver.advance
+    take, advance = Chunk.__call__, _drivers.CompiledDriver.advance
 
     def slow(*arguments):
         time.sleep(0.03)
@@ -338,7 +340,7 @@ def test_many_variables_are_not_stepped_one_by_one(monkeypatch):
         lengths.append(limit)
         return advance(self, state, limit, *arguments)
 
-    monkeypatch.setattr(_drivers._Chunk, "__call__", slow)
+    monkeypatch.setattr(Chunk, "__call__", slow)
     monkeypatch.setattr(_drivers.CompiledDriver, "advance", seen)
     loop = tk.OptimizationLoop("sgd", max_iterations=200)
     loss = lambda: tf.reduce_sum((x - 4.0) ** 2)  # noqa: E731
@@ -501,7 +503,7 @@ def test_of_an_error_of_tensorflow_the_line_that_says_what_is_wrong_is_told():
     """
 
     def told(message):
-        return _drivers._cause(tf.errors.InvalidArgumentError(None, None, message))
+        return _cause(tf.errors.InvalidArgumentError(None, None, message))
 
     assert told(message) == "Input 0 must be a compile-time constant"
     assert len(told("word " * 1000)) <= 300

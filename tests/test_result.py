@@ -13,7 +13,8 @@ import tensorflow as tf
 from problems import BY_NAME, DRIVERS
 
 import tapekit as tk
-from tapekit import _drivers, _run
+from tapekit import _run
+from tapekit._drivers._chunk import WORTH_HANDING_OVER
 
 
 def _minimize(**settings):
@@ -45,7 +46,7 @@ def test_the_variables_of_a_result_are_what_the_variables_are(driver, name):
         np.testing.assert_array_equal(result.variables["one"], np.asarray(variables[0]))
 
 
-@pytest.mark.parametrize("size", [1, _drivers.CompiledDriver.WORTH_HANDING_OVER, 100_000])
+@pytest.mark.parametrize("size", [1, WORTH_HANDING_OVER, 100_000])
 @pytest.mark.parametrize("driver", DRIVERS)
 def test_small_variables_and_large_ones_are_returned_and_only_while_nobody_has_changed_them(driver, size):
     x, unused = tf.Variable(tf.zeros([size])), tf.Variable(7.0)
