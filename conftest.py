@@ -2,8 +2,11 @@
 
 import gc
 import os
+import signal
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as where a shell has started the tests in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
 
