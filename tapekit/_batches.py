@@ -18,7 +18,8 @@ class Portion(NamedTuple):
         key: tells batches of one shape from those of another.
         spec: the `tf.TypeSpec`s of a batch.
         size: tells how many samples a batch has, as a number or as shapes; 0 if that may differ.
-        feed: what a compiled chunk is given to find its batches in, a structure of tensors or an iterator.
+        feed: what a compiled chunk is given to find its batches in, a structure of tensors; that of a stream is its
+            iterator.
         length: how many batches there are at most; `None` if that is not known.
         batch: inside a graph, `batch(feed, n)` is the n-th batch of the portion; `None` for a stream, whose
             batches come one after the other.
@@ -53,13 +54,13 @@ class Stream:
     """How many batches are stacked at most, and how many bytes; two may have more."""
 
     def __init__(self, iterator: Any) -> None:
-        self.iterator = iterator
+        self.iterator: Any = iterator
         self._spec = iterator.element_spec
         self._key = repr(self._spec)
         leaves = tf.nest.flatten(self._spec)
         self._is_dense = all(isinstance(leaf, tf.TensorSpec) for leaf in leaves)
         self._is_static = self._is_dense and all(leaf.shape.is_fully_defined() for leaf in leaves)
-        self._resource = getattr(iterator, "_iterator_resource", None) if self._is_dense else None
+        self._resource: Any = getattr(iterator, "_iterator_resource", None) if self._is_dense else None
         self._signature: dict[str, Any] = {}
         if self._resource is not None:
             self._signature = {"output_types": [leaf.dtype for leaf in leaves], "output_shapes": _shapes(leaves)}
@@ -69,7 +70,7 @@ class Stream:
 
     def portion(self) -> Portion:
         """Returns the batches that are left."""
-        return Portion(self._key, self._spec, 0, self.iterator, None, None, self.take, self)
+        return Portion(self._key, self._spec, 0, None, None, None, self.take, self)
 
     @property
     def waiting(self) -> bool:
@@ -139,6 +140,16 @@ class Stream:
         """Lets go of the next `count` batches, which were stacked."""
         for _ in range(count):
             self._waiting.popleft()
+
+    def close(self) -> None:
+        """Lets go of the iterator, in another thread.
+
+        Whoever does so waits for the thread in which TensorFlow tunes the pipeline. That is woken before it can see
+        that it is to end, and if it looks at once it sleeps on: for as long as the iterator has been read, or a minute.
+        """
+        held = [self.iterator, self._resource]
+        self.iterator = self._resource = None
+        threading.Thread(target=held.clear, name="tapekit lets go of an iterator").start()
 
     def _read_one_more(self) -> bool:
         """Lets one more batch wait; returns whether there was one. If not, why is kept until those before are taken."""

@@ -62,6 +62,9 @@ class _DevicePass:
 
     skip = advance
 
+    def close(self) -> None:
+        """Leaves the arrays, which the next pass takes too."""
+
 
 class _StreamPass:
     """One pass over a `tf.data.Dataset`."""
@@ -75,6 +78,10 @@ class _StreamPass:
 
     def advance(self, count: int) -> None:
         """The stream knows where it is."""
+
+    def close(self) -> None:
+        """Lets go of the pipeline."""
+        self._stream.close()
 
     def skip(self, count: int) -> None:
         """Takes `count` batches that nobody needs."""
@@ -237,7 +244,9 @@ class Batches:
         self._seen, self._left, self._over = state["seen"], state["left"], state["over"]
 
     def reset(self) -> None:
-        """Makes the next epoch begin with a new pass over the data."""
+        """Ends the pass over the data, if there is one; the next epoch begins with a new one."""
+        if self._pass is not None:
+            self._pass.close()
         self._pass = None
 
     def begin_epoch(self) -> None:
@@ -273,10 +282,11 @@ class Batches:
             self._known = self._known or self._seen
             if self._left:
                 self._warn()
-            self._pass = None
+            self.reset()
             self._end_epoch()
 
     def _begin_pass(self) -> None:
+        self.reset()
         self._seen = 0
         self._passes += 1
         if self._arrays is None:
@@ -317,7 +327,7 @@ class Batches:
     def _end_epoch(self) -> None:
         self._over = True
         if self._known and self._seen >= self._known:
-            self._pass = None
+            self.reset()
             if self._arrays is None and self._steps_per_epoch is None and hasattr(EpochIterator, "reset"):
                 self._iterators += 1
                 iter(self._dataset)  # as newer versions of Keras do, so that a dataset shuffles as it does there

@@ -422,6 +422,7 @@ class FitRun(Run):
         if self.step and isinstance(self._model.optimizer, keras.optimizers.Optimizer):
             self._model.optimizer.finalize_variable_values(self._model.trainable_weights)
         self._close(self._epoch_logs)
+        self._batches.reset()
         self._ended = True
 
     def status(self) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import itertools
 import logging
 import threading
 import time
+import weakref
 
 import keras
 import numpy as np
@@ -496,7 +497,29 @@ def test_a_stream_is_read_on_while_a_chunk_runs_and_by_nobody_while_a_hook_does(
     result = loop.fit(compiled(functional()), dataset, shuffle=False, verbose=0, callbacks=[Watch()])
     assert len(readers) == 2, "the main thread and another"
     assert [(step, count) for step, count, _ in seen] == [(step, step) for step in range(10, result.steps + 1, 10)]
-    assert not any("tapekit" in name for _, _, names in seen for name in names)
+    assert not any("reads batches" in name for _, _, names in seen for name in names)
+
+
+@pytest.mark.parametrize("driver", [{"run_eagerly": True}, {"jit_compile": False}, {"jit_compile": True}], ids=str)
+@pytest.mark.parametrize("limit", [None, 5], ids=["whole epochs", "a part of one"])
+def test_nobody_waits_for_the_end_of_a_pipeline(driver, limit, monkeypatch):
+    """TensorFlow keeps whoever deletes an iterator waiting for the thread that tunes its pipeline."""
+    begin, threads = Stream.__init__, []
+
+    def watched(self, iterator):
+        begin(self, iterator)
+        weakref.finalize(iterator, lambda: threads.append(threading.current_thread()))
+
+    monkeypatch.setattr(Stream, "__init__", watched)
+    x, y = data()
+    dataset = tf.data.Dataset.from_tensor_slices((x, y)).batch(4).prefetch(2)
+    before = {*threading.enumerate()}
+    tk.OptimizationLoop(max_iterations=limit, **driver).fit(
+        compiled(functional()), dataset, epochs=3, shuffle=False, verbose=0
+    )
+    for thread in {*threading.enumerate()} - before:
+        thread.join(60)
+    assert [thread.name for thread in threads] == (2 if limit else 3) * ["tapekit lets go of an iterator"]
 
 
 def test_a_pipeline_that_raises_while_a_chunk_runs_ends_the_run_after_the_steps_before():

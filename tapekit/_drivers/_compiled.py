@@ -175,7 +175,8 @@ class CompiledDriver(Driver):
 
     def _advance(self, program, state, limit, seconds, portion: Portion, began: float | None = None) -> Advance:
         """Takes the steps with batches that are at hand, for which it `began` to wait, or that a graph reads."""
-        feed = [leaf for leaf in tf.nest.flatten(portion.feed, expand_composites=True) if leaf is not None]
+        given = portion.stream.iterator if portion.stream else portion.feed
+        feed = [leaf for leaf in tf.nest.flatten(given, expand_composites=True) if leaf is not None]
         undoes = self._undoes(program, portion)
         specs = [(part.shape, part.dtype) for part in feed]
         jit = self._compiles(program, portion)
