@@ -6,8 +6,10 @@ import os
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
+import functools
 import json
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -69,6 +71,32 @@ def calls() -> dict[str, Callable[[], float]]:
     return found
 
 
+def passes(batches: int) -> dict[str, Callable[[], float]]:
+    """Passes over a pipeline, after which its iterator is deleted, at once or by a thread that keeps nobody waiting."""
+    weights = tf.random.normal((784, 784), seed=0)
+    samples = tf.random.normal((batches * 512, 784), seed=0)
+    dataset = tf.data.Dataset.from_tensor_slices(samples).batch(512, drop_remainder=True).prefetch(4)
+
+    @tf.function
+    def read(iterator: Any) -> Any:
+        total = 0.0
+        for batch in iterator:
+            total += tf.reduce_sum(tf.matmul(batch, weights))
+        return total
+
+    def run(deleting: Callable[[Callable[[], None]], None]) -> float:
+        held = [iter(dataset)]
+        total = float(read(held[0]))
+        deleting(held.clear)
+        return total
+
+    def by_thread(delete: Callable[[], None]) -> None:
+        threading.Thread(target=delete).start()
+
+    ways = {"TensorFlow, deleted at once": lambda delete: delete(), "TensorFlow, by a thread": by_thread}
+    return {name: functools.partial(run, deleting) for name, deleting in ways.items()}
+
+
 def tables(quick: bool) -> Iterator[Table]:
     """Measures the limits.
 
@@ -76,12 +104,15 @@ def tables(quick: bool) -> Iterator[Table]:
         quick: whether to take few steps once.
 
     Yields:
-        A table for the cost of a call, one for a learning rate that the compiler does not know, and one for a step
-        that moves more bytes than XLA has in a loop that is one kernel.
+        A table for the cost of a call, one for the end of a pipeline, one for a learning rate that the compiler does
+        not know, and one for a step that moves more bytes than XLA has in a loop that is one kernel.
     """
     rounds = 1 if quick else 15
     peers = [Peer(name, run, CALLS) for name, run in calls().items()]
     yield compare("limit: a call, a step being one", peers, rounds, 0.0)
+    batches = 2 if quick else 25
+    peers = [Peer(name, run, batches) for name, run in passes(batches).items()]
+    yield compare(f"limit: a pass over a pipeline of {batches} batches", peers, rounds, 1e-6)
     steps = 1_000 if quick else 100_000
     makers = MAKERS if installed("jax") else {"TensorFlow, XLA": by_tensorflow}
     peers = [
