@@ -18,8 +18,8 @@ class Portion(NamedTuple):
         key: tells batches of one shape from those of another.
         spec: the `tf.TypeSpec`s of a batch.
         size: tells how many samples a batch has, as a number or as shapes; 0 if that may differ.
-        feed: what a compiled chunk is given to find its batches in, a structure of tensors; that of a stream is its
-            iterator.
+        feed: what a compiled chunk is given to find its batches in, a structure of tensors; `None` for a stream, whose
+            iterator it is given.
         length: how many batches there are at most; `None` if that is not known.
         batch: inside a graph, `batch(feed, n)` is the n-th batch of the portion; `None` for a stream, whose
             batches come one after the other.

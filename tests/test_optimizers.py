@@ -69,8 +69,7 @@ OTHERS = {
     "legacy.LossScaleOptimizer": lambda: tf_keras.mixed_precision.LossScaleOptimizer(TO.legacy.Adam(0.1)),
     "schedule": lambda: TO.SGD(TO.schedules.ExponentialDecay(0.1, 2, 0.7), clipnorm=0.5),
 }
-SOME = {name: KERAS[name] for name in ("Adam", "LossScaleOptimizer", "MultiOptimizer", "Muon")}
-EVERY = {"some": SOME, "keras": KERAS, "options": OPTIONS, "combined": COMBINED, "tf_keras": TF_KERAS, "others": OTHERS}
+EVERY = {"keras": KERAS, "options": OPTIONS, "combined": COMBINED, "tf_keras": TF_KERAS, "others": OTHERS}
 
 
 def _tf(value, dtype, name):
@@ -166,12 +165,12 @@ def _runs(**drivers):
     return pytest.mark.parametrize(("table", "name", "driver"), cases)
 
 
-@_runs(keras="eager xla", some="graph", options="eager", combined="xla", tf_keras="eager", others="eager graph")
+@_runs(keras="eager graph xla", options="eager", combined="xla", tf_keras="eager", others="eager graph")
 def test_strategies_agree_bit_for_bit(table, name, driver):
     _assert_same_bits(_run_once(table, name, "tape", driver), _run_once(table, name, "minimize", driver))
 
 
-@_runs(keras="xla", some="graph", combined="xla", others="graph")
+@_runs(keras="graph xla", combined="xla", others="graph")
 def test_compiled_drivers_agree_with_the_eager_one_to_rounding(table, name, driver):
     """Keras keeps hyperparameters in float32, but casts them first, so that all is float64 from there on."""
     # A schedule is computed in float32, which XLA rounds otherwise.

@@ -10,6 +10,11 @@ from problems import BY_NAME, DRIVERS, PROBLEMS
 
 import tapekit as tk
 
+OPTIMIZERS = {
+    "sgd": lambda rate: keras.optimizers.SGD(rate, momentum=0.5),
+    "adam": lambda rate: keras.optimizers.Adam(rate),
+}
+
 
 def _value(variable):
     return getattr(variable, "value", variable) if isinstance(variable, keras.Variable) else variable
@@ -52,18 +57,21 @@ def test_gradient_descent_reaches_the_known_minimum(problem):
             np.testing.assert_allclose(found, known, atol=2e-3)
 
 
-def _run(problem, step, driver, steps=12):
+def _run(problem, optimizer, step, driver, steps=12):
     variables, loss = problem.make()
-    optimizer = keras.optimizers.Adam(problem.learning_rate)  # test_optimizers.py has the others
+    optimizer = OPTIMIZERS[optimizer](problem.learning_rate)
     result = tk.OptimizationLoop(optimizer, step=step, max_iterations=steps, **driver).minimize(loss, variables)
     slots = [np.asarray(variable) for variable in optimizer.variables]
     return [*result.variables, *slots, result.history["loss"], np.asarray(result.loss)]
 
 
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("problem", PROBLEMS, ids=lambda problem: problem.name)
-def test_strategies_agree_bit_for_bit_and_drivers_to_rounding(problem):
+def test_strategies_agree_bit_for_bit_and_drivers_to_rounding(problem, optimizer):
     runs = {
-        (step, name): _run(problem, step, driver) for step in ("tape", "minimize") for name, driver in DRIVERS.items()
+        (step, name): _run(problem, optimizer, step, driver)
+        for step in ("tape", "minimize")
+        for name, driver in DRIVERS.items()
     }
     for name in DRIVERS:
         for by_tape, by_minimize in zip(runs["tape", name], runs["minimize", name], strict=True):

@@ -224,4 +224,6 @@ def tables(quick: bool) -> Iterator[Table]:
                 runs = peers(name, x, size, stream)
                 title = f"{name}, {'tf.data' if stream else 'arrays'}, batches of {size}"
                 everyone = [Peer(who, run, steps) for who, run in runs.items()]
-                yield compare(title, everyone, 1 if quick else 5, 1e-3)
+                # A convolution in float32 is summed in an order that depends on the processor, for 400 steps.
+                tolerance = 1e-3 if name == "convolutional" and not quick else 1e-4
+                yield compare(title, everyone, 1 if quick else 5, tolerance)
