@@ -22,7 +22,7 @@ _OTHER_NUMBERS_UNDER_XLA = {
 }
 # Ops that XLA runs up to ten times slower than a graph does where there is no GPU.
 _SLOW_UNDER_XLA_ON_CPU = {
-    *("Conv2D", "Conv2DBackpropFilter", "Conv2DBackpropInput", "DepthwiseConv2dNative"),
+    *("Conv2DBackpropFilter", "Conv2DBackpropInput", "DepthwiseConv2dNative"),
     *("Conv3D", "Conv3DBackpropFilterV2", "Conv3DBackpropInputV2"),
 }
 

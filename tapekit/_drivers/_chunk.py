@@ -36,7 +36,8 @@ class Program:
     """A step traced for batches of one shape, and the compiled loops around it."""
 
     def __init__(self, step: Any, portion: Portion, strict: bool) -> None:
-        self.step = step
+        self.step = self.for_xla = step
+        """What was traced, and the same with the ops that XLA runs fast."""
         self.stacks = portion.batch is None and all(
             strict or _has_one_shape(spec) for spec in tree.flatten(portion.spec)
         )
@@ -121,7 +122,7 @@ def make_chunk(
         undoes: whether the host undoes the chunk if it has to.
         jit: whether XLA compiles it.
     """
-    step, capacity, batch_of = program.step, program.capacity, portion.batch
+    step, capacity, batch_of = program.for_xla if jit else program.step, program.capacity, portion.batch
     integers, floats, rows, _ = step.structured_outputs
     chunk_guard = (Guard.ALWAYS if program.overflows else Guard.BY_SUM) if undoes else Guard.FINITE
     queue, recorded = None, program.records

@@ -12,6 +12,7 @@ import tensorflow as tf
 
 from tapekit._batches import NO_DATA, Portion, Stream
 from tapekit._body import State, StepBody
+from tapekit._convolutions import with_fast_gradients
 from tapekit._drivers._base import Advance, Driver, Pace, culprits_of, logger
 from tapekit._drivers._chunk import NOT_FINITE, Header, Program, constant, make_chunk
 from tapekit._nonfinite import Guard
@@ -59,7 +60,9 @@ class CompiledDriver(Driver):
             trace = tf.function(self._trace, autograph=False)
             step = trace.get_concrete_function(clock, *self._packing.specs, portion.spec, guard)
             self._programs[key] = Program(step, portion, self._strict)
-            self._choose(op_types(step))
+            if self._jit:
+                self._programs[key].for_xla = with_fast_gradients(step)
+            self._choose(op_types(self._programs[key].for_xla))
             self._set(self._programs[key], period, portion)
             if self._programs[key].jit and self._tries and portion.key and portion.batch:
                 self._try_both(self._programs[key], portion)
