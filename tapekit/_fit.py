@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import math
 import re
 import time
 import traceback
@@ -322,6 +323,7 @@ class FitRun(Run):
         params = {"verbose": verbose, "epochs": epochs, "steps": self._batches.num_batches}
         self._callback_list = LoopCallbackList(self._callbacks, self._model, **params)
         self._model.stop_training = False
+        self._driver.expected += epochs * (self._batches.num_batches or math.inf)
         self._begin_training()
         self._epoch = self._model._initial_epoch or self._arguments.initial_epoch
         if self._saved:

@@ -27,6 +27,11 @@ _SLOW_UNDER_XLA_ON_CPU = {
 }
 
 
+def on_cpu() -> bool:
+    """Returns whether there is nothing but a CPU."""
+    return not tf.config.list_logical_devices("GPU")
+
+
 def op_types(function: Any) -> set[str]:
     """Returns the types of all ops of a traced function, the functions that it calls included."""
     graph = function.graph.as_graph_def()
@@ -61,7 +66,7 @@ def against_xla(types: Set[str], of_a_model: bool) -> tuple[str, int] | None:
     if changed := sorted(types & _CHANGED_BY_XLA):
         return f"it would change the meaning of {', '.join(changed)}", logging.WARNING
     slow = sorted(types & _SLOW_UNDER_XLA_ON_CPU)
-    if slow and not tf.config.list_logical_devices("GPU"):
+    if slow and on_cpu():
         return f"it is slow at {', '.join(slow)} on a CPU", logging.INFO
     random = sorted(types & _OTHER_NUMBERS_UNDER_XLA)
     if random and of_a_model:

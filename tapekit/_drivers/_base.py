@@ -47,6 +47,8 @@ class Pace:
 
     TARGET = 0.05
     """Seconds that the steps of a chunk should take."""
+    FEW = 4
+    """Steps that share a call, which takes its memory from the system anew, if they take twice that and a step more."""
 
     def __init__(self) -> None:
         self.call: float | None = None
@@ -61,7 +63,8 @@ class Pace:
 
     def limit(self) -> int:
         """Returns how many steps the next chunk should have."""
-        return max(1, min(int(self.TARGET / self._seconds_a_step), 16 * self._last))
+        few = min(self.FEW, 1 + int(2 * self.TARGET / self._seconds_a_step))
+        return max(1, min(max(few, int(self.TARGET / self._seconds_a_step)), 16 * self._last))
 
     def observe(self, taken: int, seconds: float) -> None:
         """Learns from a chunk of `taken` steps that lasted `seconds`."""
@@ -80,6 +83,8 @@ class Driver:
     def __init__(self, body: StepBody, longest: int) -> None:
         self.body = body
         self.traces = 0
+        self.expected = 0.0
+        """How many steps all runs so far have been about to take, at most."""
         self.kept_alive: Any = None
         self.traced_loss: Any = None
         """The objective, traced, if it needs no batch and is compiled."""

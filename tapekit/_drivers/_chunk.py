@@ -37,11 +37,15 @@ class Program:
 
     def __init__(self, step: Any, portion: Portion, strict: bool) -> None:
         self.step = self.for_xla = step
-        """What was traced, and the same with the ops that XLA runs fast."""
+        """What was traced, and the same with ops that XLA runs faster."""
         self.stacks = portion.batch is None and all(
             strict or _has_one_shape(spec) for spec in tree.flatten(portion.spec)
         )
         """Whether XLA may compile it for a stream, whose batches are stacked for that: not where each had its shape."""
+        self.costs: tuple[float, float] | None = None
+        """The seconds of the first call under XLA, and of a step, once they are known."""
+        self.in_graph: float | None = None
+        """The seconds of a step in a graph, if that was tried too."""
         self.shape: Any = None
         """What the first of them was like."""
         self.chunks: dict[Any, Chunk] = {}

@@ -18,7 +18,7 @@ from tapekit._drivers._chunk import NOT_FINITE, Header, Program, constant, make_
 from tapekit._nonfinite import Guard
 from tapekit._packing import Packing
 from tapekit._tensors import to_array
-from tapekit._xla import against_xla, op_types
+from tapekit._xla import against_xla, on_cpu, op_types
 from tapekit.steps import RAISING
 
 
@@ -41,6 +41,10 @@ class CompiledDriver(Driver):
     """The memory that the records of a chunk may take."""
     WORTH_A_TRIAL = 2e-3
     """Seconds that a step of a model takes under XLA at least for a graph to be tried beside it."""
+    PAYS = 4
+    """How many times as long as its first call, which compiles it, all steps must be expected to take for that."""
+    LONG = 0.1
+    """Seconds of steps that tell how long one takes."""
 
     def __init__(self, body: StepBody, longest: int, loss: Any, jit_compile: bool | str) -> None:
         super().__init__(body, longest)
@@ -54,19 +58,18 @@ class CompiledDriver(Driver):
 
     def prepare(self, period: int, portion: Portion = NO_DATA) -> None:
         """Traces the step if it is not yet for batches of this shape."""
-        key = portion.key
-        if key not in self._programs:
+        if portion.key not in self._programs:
             clock, guard = tf.TensorSpec([], tf.float64), tf.TensorSpec([], tf.int32)
             trace = tf.function(self._trace, autograph=False)
             step = trace.get_concrete_function(clock, *self._packing.specs, portion.spec, guard)
-            self._programs[key] = Program(step, portion, self._strict)
-            if self._jit:
-                self._programs[key].for_xla = with_fast_gradients(step)
-            self._choose(op_types(self._programs[key].for_xla))
-            self._set(self._programs[key], period, portion)
-            if self._programs[key].jit and self._tries and portion.key and portion.batch:
-                self._try_both(self._programs[key], portion)
-        self._set(self._programs[key], period, portion)
+            program = self._programs[portion.key] = Program(step, portion, self._strict)
+            if self._jit and on_cpu():
+                program.for_xla = with_fast_gradients(step)
+            self._choose(op_types(program.for_xla))
+        program = self._programs[portion.key]
+        self._set(program, period, portion)
+        if portion.key and portion.batch and self._try_both(program, portion):
+            self._set(program, period, portion)
 
     def _set(self, program: Program, period: int, portion: Portion) -> None:
         self._period = min(period, self._longest)
@@ -105,32 +108,50 @@ class CompiledDriver(Driver):
         if self._jit and not self._strict and (reason := against_xla(types, self.body.objective.needs_batch)):
             self._fall_back(*reason)
 
-    def _try_both(self, program: Program, portion: Portion) -> None:
-        """Leaves XLA where a step takes longer than in a graph; the variables are put back afterwards."""
+    def _try_both(self, program: Program, portion: Portion) -> bool:
+        """Leaves XLA where a step takes longer than in a graph; the variables are put back afterwards.
+
+        Returns:
+            Whether any steps were taken to find out.
+        """
+        if not (self._tries and program.jit) or (program.costs and not self._may_gain(program)):
+            return False
         before = [(variable, tf.identity(variable)) for variable in program.step.variables]
-        seconds = self._seconds(program, portion)
-        if program.jit and seconds > self.WORTH_A_TRIAL:
+        program.costs = program.costs or self._costs(program, portion)
+        if program.jit and self._may_gain(program):
             program.jit = False
-            in_graph = self._seconds(program, portion)
+            program.in_graph = self._costs(program, portion)[1]
             program.jit = True
-            if in_graph < 0.9 * seconds:
-                self._fall_back(
-                    f"a step took {seconds * 1e3:.1f} ms, and {in_graph * 1e3:.1f} ms in a graph", logging.INFO
-                )
+            here, there = program.costs[1], program.in_graph
+            if there < 0.9 * here:
+                self._fall_back(f"a step took {here * 1e3:.1f} ms, and {there * 1e3:.1f} ms in a graph", logging.INFO)
         for variable, value in before:
             variable.assign(value)
         self._pace = Pace()
+        return True
 
-    def _seconds(self, program: Program, portion: Portion) -> float:
-        """Returns how long a step takes once it is compiled, without the call of a chunk, which long ones share."""
-        more = min(3, portion.length or 3)
-        times: dict[int, list[float]] = {1: [], more: []}
-        for _ in range(4):
-            for limit, found in times.items():
-                started = time.perf_counter()
-                self.advance(self.begin(), limit, 0.0, portion)
-                found.append(time.perf_counter() - started)
-        return max(0.0, min(times[more][1:]) - min(times[1][1:])) / (more - 1)
+    def _may_gain(self, program: Program) -> bool:
+        """Returns whether a graph, which takes as long to make, might save much of what the steps take under XLA."""
+        compilation, seconds = program.costs or (0.0, 0.0)
+        is_long = self.expected * seconds > self.PAYS * compilation
+        return seconds > self.WORTH_A_TRIAL and is_long and program.in_graph is None
+
+    def _costs(self, program: Program, portion: Portion) -> tuple[float, float]:
+        """Returns how long the first call takes, and then a step without the call, which those of a chunk share."""
+
+        def call(steps: int) -> float:
+            started = time.perf_counter()
+            self.advance(self.begin(), steps, 0.0, portion)
+            return time.perf_counter() - started
+
+        first, alone, more = call(1), call(1), min(3, portion.length or 3)
+        if alone > self.LONG:
+            return first, alone
+        pairs: list[tuple[float, float]] = []
+        while not pairs or (len(pairs) < 3 and sum(map(sum, pairs)) < self.LONG):
+            pairs.append((call(1), call(more)))
+        alone, together = (min(times) for times in zip(*pairs, strict=True))
+        return first, max(0.0, together - alone) / (more - 1)
 
     def _fall_back(self, why: str, level: int = logging.WARNING) -> None:
         self._jit = False
@@ -165,10 +186,9 @@ class CompiledDriver(Driver):
             error = None if isinstance(end, StopIteration) else end
             evaluations = self.read(state).evaluations
             return Advance(state, 0, 0, evaluations, {}, None, exhausted=error is None, error=error)
-        if program.shape is None and program.jit:
+        if program.jit and program.shape in (None, stacked.size):
             program.shape = stacked.size
-            if self._tries:
-                self._try_both(program, stacked._replace(length=None))
+            if self._try_both(program, stacked._replace(length=None)):
                 self._set(program, self._period, portion)
                 began = time.perf_counter()
         with stream.reading(portion.ahead if program.jit else 0):
