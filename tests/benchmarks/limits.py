@@ -97,6 +97,38 @@ def passes(batches: int) -> dict[str, Callable[[], float]]:
     return {name: functools.partial(run, deleting) for name, deleting in ways.items()}
 
 
+def convolutions(steps: int) -> dict[str, Callable[[], float]]:
+    """Gradients of a convolution with respect to its kernel, as TensorFlow has it and as a convolution that it is."""
+    images = tf.random.stateless_uniform((64, 28, 28, 8), (1, 2))
+    above = tf.random.stateless_uniform((64, 26, 26, 16), (3, 4), -1.0, 1.0)
+    sizes, settings = (3, 3, 8, 16), {"strides": [1, 1, 1, 1], "padding": "VALID"}
+
+    def of_tensorflow(images: Any) -> Any:
+        return tf.raw_ops.Conv2DBackpropFilter(input=images, filter_sizes=sizes, out_backprop=above, **settings)
+
+    def transposed(images: Any) -> Any:
+        others = tf.transpose(images, (3, 1, 2, 0)), tf.transpose(above, (1, 2, 0, 3))
+        return tf.transpose(tf.nn.conv2d(*others, 1, "VALID"), (1, 2, 0, 3))
+
+    def in_a_loop(gradient: Callable[[Any], Any], jit: bool) -> Callable[[], float]:
+        @tf.function(jit_compile=jit, autograph=False)
+        def run() -> Any:
+            def advance(step: Any, kernel: Any) -> Any:
+                return step + 1, kernel - 1e-4 * gradient(images + kernel[0, 0, 0, 0])
+
+            return tf.while_loop(lambda step, kernel: step < steps, advance, (0, tf.zeros(sizes)))[1]
+
+        return lambda: float(tf.linalg.norm(run()))
+
+    compiled = tf.function(of_tensorflow, jit_compile=True)
+    return {
+        "graph": in_a_loop(of_tensorflow, jit=False),
+        "XLA, called in a loop of a graph": in_a_loop(compiled, jit=False),
+        "XLA, in a loop": in_a_loop(of_tensorflow, jit=True),
+        "XLA, in a loop, transposed before": in_a_loop(transposed, jit=True),
+    }
+
+
 def tables(quick: bool) -> Iterator[Table]:
     """Measures the limits.
 
@@ -104,8 +136,9 @@ def tables(quick: bool) -> Iterator[Table]:
         quick: whether to take few steps once.
 
     Yields:
-        A table for the cost of a call, one for the end of a pipeline, one for a learning rate that the compiler does
-        not know, and one for a step that moves more bytes than XLA has in a loop that is one kernel.
+        A table for the cost of a call, one for the end of a pipeline, one for convolutions, one for a learning rate
+        that the compiler does not know, and one for a step that moves more bytes than XLA has in a loop that is one
+        kernel.
     """
     rounds = 1 if quick else 15
     peers = [Peer(name, run, CALLS) for name, run in calls().items()]
@@ -113,6 +146,9 @@ def tables(quick: bool) -> Iterator[Table]:
     batches = 2 if quick else 25
     peers = [Peer(name, run, batches) for name, run in passes(batches).items()]
     yield compare(f"limit: a pass over a pipeline of {batches} batches", peers, rounds, 1e-6)
+    steps = 2 if quick else 10
+    peers = [Peer(name, run, steps) for name, run in convolutions(steps).items()]
+    yield compare("limit: the gradient of a convolution", peers, rounds, 1e-3)
     steps = 1_000 if quick else 100_000
     makers = MAKERS if installed("jax") else {"TensorFlow, XLA": by_tensorflow}
     peers = [
