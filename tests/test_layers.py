@@ -13,6 +13,7 @@ LAYERS = [
         "_describe",
         "_tensors",
         "_config",
+        "_convolutions",
         "_drawing",
         "_exchange",
         "_packing",
