@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import keras
@@ -97,14 +97,13 @@ def by_hand(name: str, dataset: Any, samples: int) -> Callable[[], float]:
     return run
 
 
-def by_torch(name: str, x: np.ndarray, size: int) -> Callable[[], float]:
-    """The loop that people write in PyTorch, on arrays."""
+def by_torch(name: str, batches: Callable[[], Iterable[Any]], samples: int) -> Callable[[], float]:
+    """The loop that people write in PyTorch, on batches that share their memory with it."""
     import torch
     from torch.nn import functional as F
 
     weights = [torch.tensor(value, requires_grad=True) for value in compiled(name).get_weights()]
     optimizer = torch.optim.Adam(weights, 1e-3, eps=EPSILON)
-    inputs, targets = torch.as_tensor(x), torch.as_tensor(LABELS[: len(x)])
 
     def logits(x: Any) -> Any:
         if name == "dense":
@@ -123,19 +122,19 @@ def by_torch(name: str, x: np.ndarray, size: int) -> Callable[[], float]:
 
     def run() -> float:
         total = 0.0
-        for first in range(0, len(x), size):
+        for x, y in batches():
             optimizer.zero_grad()
-            loss = F.cross_entropy(logits(inputs[first : first + size]), targets[first : first + size])
+            loss = F.cross_entropy(logits(torch.from_dlpack(x)), torch.from_dlpack(y))
             loss.backward()
             optimizer.step()
-            total += loss.item() * size
-        return total / len(x)
+            total += loss.item() * len(x)
+        return total / samples
 
     return run
 
 
-def by_jax(name: str, x: np.ndarray, size: int) -> Callable[[], float]:
-    """An epoch as one `scan` in JAX, on arrays on the device."""
+def by_jax(name: str, x: np.ndarray, size: int, dataset: Any) -> Callable[[], float]:
+    """An epoch in JAX: one `scan` over arrays on the device, or a step that is called for each batch of a dataset."""
     import jax
     import jax.numpy as jnp
     import optax
@@ -176,7 +175,15 @@ def by_jax(name: str, x: np.ndarray, size: int) -> Callable[[], float]:
         updates, state = transform.update(gradients, state, weights)
         return (optax.apply_updates(weights, updates), state), loss
 
-    epoch = jax.jit(lambda carry: jax.lax.scan(step, carry, (inputs, targets)))
+    def epoch_of_stream(carry: Any) -> Any:
+        losses = []
+        for x, y in dataset.as_numpy_iterator():
+            carry, loss = one(carry, (x, y))
+            losses.append(loss)
+        return carry, jnp.stack(losses)
+
+    one = jax.jit(step, donate_argnums=0)
+    epoch = epoch_of_stream if dataset else jax.jit(lambda carry: jax.lax.scan(step, carry, (inputs, targets)))
     weights = [jnp.asarray(value) for value in compiled(name).get_weights()]
     carries = [(weights, transform.init(weights))]
 
@@ -200,10 +207,12 @@ def peers(name: str, x: np.ndarray, size: int, stream: bool) -> dict[str, Callab
         "Model.fit, tuned, XLA": by_keras(name, data, steps_per_execution=50, jit_compile=True),
         "tf.function step by hand": by_hand(name, dataset, len(x)),
     }
-    if not stream and installed("torch"):
-        found["PyTorch, eager"] = by_torch(name, x, size)
-    if not stream and installed("jax", "optax"):
-        found["JAX + optax, scan"] = by_jax(name, x, size)
+    if installed("torch"):
+        parts = [(x[first : first + size], y[first : first + size]) for first in range(0, len(x), size)]
+        found["PyTorch, eager"] = by_torch(name, lambda: dataset if stream else parts, len(x))
+    if installed("jax", "optax"):
+        how = "a step by hand" if stream else "scan"
+        found[f"JAX + optax, {how}"] = by_jax(name, x, size, dataset if stream else None)
     return found
 
 
