@@ -52,6 +52,8 @@ class Stream:
 
     MOST, BYTES = 64, 1 << 24
     """How many batches are stacked at most, and how many bytes; two may have more."""
+    FEW = 4
+    """How many batches nothing runs without, so that the pipeline and the steps soon run side by side."""
 
     def __init__(self, iterator: Any) -> None:
         self.iterator: Any = iterator
@@ -100,7 +102,7 @@ class Stream:
             room = max(2, min(period, self.MOST, self.BYTES // max(1, _bytes(first))))
         batches = [first]
         while len(batches) < min(most, room):
-            if len(batches) == len(self._waiting) and not self._read_one_more():
+            if len(batches) == len(self._waiting) and (len(batches) >= self.FEW or not self._read_one_more()):
                 break
             following = self._waiting[len(batches)]
             if not self._is_static and _shapes(following) != _shapes(first):

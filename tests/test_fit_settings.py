@@ -392,6 +392,17 @@ def test_the_step_of_a_stream_is_compiled_by_xla_and_no_batch_is_lost_for_the_tr
         np.testing.assert_array_equal(one, other)
 
 
+def test_steps_wait_for_few_batches_and_take_as_many_as_were_read_meanwhile():
+    stream = Stream(iter(tf.data.Dataset.range(100).batch(2)))
+    assert stream.stacked(50, 50).length == Stream.FEW
+    with stream.reading(30):
+        while len(stream._waiting) < 30:
+            time.sleep(0.001)
+    assert stream.stacked(50, 50).length == 30
+    stream.drop(30)
+    assert stream.take().numpy().tolist() == [60, 61]
+
+
 @pytest.mark.parametrize("arguments", [{"x": data()[0], "y": data()[1], "batch_size": 4}, {"x": _stream()}])
 @pytest.mark.parametrize(("in_graph", "jit"), [(0.02, True), (0.001, False)])
 def test_a_graph_is_tried_once_the_steps_pay_for_it_and_taken_if_it_is_faster(
