@@ -68,7 +68,7 @@ class OptimizationLoop(Hooks, Configurable):
         jit_compile: `True` for XLA, `False` for graphs; `"auto"` for XLA, or a graph where XLA cannot
             compile the step, would change its numbers, or is slower: the logger `tapekit` says so.
         steps_per_execution: the largest number of steps between two looks of the host; `"auto"` lets the
-            host look at least about ten times a second.
+            host look about twenty times a second, or after up to four steps that are slow.
         on_nonfinite: what happens at a step whose loss or gradient is NaN or infinite, which never changes
             variables or slots: "stop" ends the run; "raise" ends it and raises `NonFiniteError`; "skip" goes
             on and records how many there were as "nonfinite"; "rollback", or a `Rollback`, goes back to the

@@ -286,7 +286,7 @@ class CompiledDriver(Driver):
 
             def refuse(integers, floats, seconds, feed, n):
                 integers, guard = self._packing.unpack(integers), tf.constant(Guard.NEVER, tf.int32)
-                verdict = program.step(seconds, integers, floats, batch_of(feed, n), guard)[3]
+                verdict = program.for_xla(seconds, integers, floats, batch_of(feed, n), guard)[3]
                 return verdict.finite, verdict.counts
 
             program.refused[key] = tf.function(refuse, autograph=False)

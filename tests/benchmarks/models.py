@@ -140,8 +140,6 @@ def by_jax(name: str, x: np.ndarray, size: int, dataset: Any) -> Callable[[], fl
     import optax
 
     transform = optax.adam(1e-3, eps=EPSILON)
-    inputs = jnp.asarray(x).reshape(-1, size, *x.shape[1:])
-    targets = jnp.asarray(LABELS[: len(x)], jnp.int32).reshape(-1, size)
 
     def logits(weights: Any, x: Any) -> Any:
         if name == "dense":
@@ -182,8 +180,11 @@ def by_jax(name: str, x: np.ndarray, size: int, dataset: Any) -> Callable[[], fl
             losses.append(loss)
         return carry, jnp.stack(losses)
 
-    one = jax.jit(step, donate_argnums=0)
-    epoch = epoch_of_stream if dataset else jax.jit(lambda carry: jax.lax.scan(step, carry, (inputs, targets)))
+    one, epoch = jax.jit(step, donate_argnums=0), epoch_of_stream
+    if not dataset:
+        inputs = jnp.asarray(x).reshape(-1, size, *x.shape[1:])
+        targets = jnp.asarray(LABELS[: len(x)], jnp.int32).reshape(-1, size)
+        epoch = jax.jit(lambda carry: jax.lax.scan(step, carry, (inputs, targets)))
     weights = [jnp.asarray(value) for value in compiled(name).get_weights()]
     carries = [(weights, transform.init(weights))]
 
