@@ -17,6 +17,10 @@ def pytest_xdist_auto_num_workers(config):
     return 0 if chosen else None
 
 
+def pytest_configure():
+    gc.disable()  # a tenth of the time went into looking for garbage in the midst of tests; see `_collect`
+
+
 def pytest_collection_finish():
     _collect()
 

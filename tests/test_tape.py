@@ -510,11 +510,8 @@ def _leave(leave, x):
 @pytest.mark.parametrize("leave", LEAVES)
 def test_underlying_tape_and_its_records_are_gone_after_the_block(leave):
     gc.disable()  # no cycle has to be found first
-    try:
-        gradient, tape, references = _leave(leave, tf.Variable(3.0))
-        assert [reference() for reference in references] == [None, None, None]
-    finally:
-        gc.enable()
+    gradient, tape, references = _leave(leave, tf.Variable(3.0))
+    assert [reference() for reference in references] == [None, None, None]
     assert (gradient is not None) == (leave is _by_its_end)
     with pytest.raises(tk.TapeReleasedError):
         tape.reset()

@@ -50,10 +50,9 @@ def make_driver(body: StepBody, eager: bool, jit_compile: bool | str, longest: i
         return tf.cast(evaluation()[0], tf.float64)
 
     evaluation: Any = tf.function(evaluate, autograph=False).get_concrete_function()
-    traced = tf.function(loss, autograph=False).get_concrete_function()
     body.updater.check(body.variables)
     body.updater.build(body.updater.native(body.variables))
     body.build()
     if body.is_plain and not body.updater.scales:
         body.evaluation = evaluation
-    return CompiledDriver(body, longest, traced, jit_compile)
+    return CompiledDriver(body, longest, loss, jit_compile)

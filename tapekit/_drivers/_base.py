@@ -80,14 +80,15 @@ class Driver:
         longest: the largest number of steps that a chunk may have.
     """
 
+    traced_loss: Any = None
+    """The objective, traced, if it needs no batch and is compiled."""
+
     def __init__(self, body: StepBody, longest: int) -> None:
         self.body = body
         self.traces = 0
         self.expected = 0.0
         """How many steps all runs so far have been about to take, at most."""
         self.kept_alive: Any = None
-        self.traced_loss: Any = None
-        """The objective, traced, if it needs no batch and is compiled."""
         self._longest = longest
         self._pace = Pace()
 

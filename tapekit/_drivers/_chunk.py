@@ -122,7 +122,7 @@ def make_chunk(
         portion: what the batches are like.
         body: what was traced.
         packing: of the state that goes round.
-        loss: the objective, traced, if it needs no batch.
+        loss: the objective, to call inside a graph, if it needs no batch.
         undoes: whether the host undoes the chunk if it has to.
         jit: whether XLA compiles it.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import textwrap
 import time
@@ -31,7 +32,7 @@ class CompiledDriver(Driver):
     Args:
         body: the step.
         longest: the largest number of steps that a chunk may have.
-        loss: the objective, traced; `None` if it needs a batch.
+        loss: the objective, to call inside a graph; `None` if it needs a batch.
         jit_compile: True, False or "auto": XLA where it compiles without a change of meaning.
     """
 
@@ -48,7 +49,7 @@ class CompiledDriver(Driver):
 
     def __init__(self, body: StepBody, longest: int, loss: Any, jit_compile: bool | str) -> None:
         super().__init__(body, longest)
-        self.traced_loss = loss
+        self._loss = loss
         self._strict = jit_compile is True
         self._jit = bool(jit_compile)
         self._tries = not self._strict
@@ -81,6 +82,11 @@ class CompiledDriver(Driver):
     def steps(self) -> list[Any]:
         """The traced steps, one for each shape of batches."""
         return [program.step for program in self._programs.values()]
+
+    @functools.cached_property
+    def traced_loss(self) -> Any:
+        """The objective, traced, made when it is asked for alone; `None` if it needs a batch."""
+        return self._loss and tf.function(self._loss, autograph=False).get_concrete_function()
 
     @property
     def written(self) -> list[tf.Variable]:
@@ -206,7 +212,7 @@ class CompiledDriver(Driver):
         key = jit, undoes, program.overflows, program.capacity, portion.size, *specs
         fresh = key not in program.chunks
         if fresh:
-            program.chunks[key] = make_chunk(program, portion, self.body, self._packing, self.traced_loss, undoes, jit)
+            program.chunks[key] = make_chunk(program, portion, self.body, self._packing, self._loss, undoes, jit)
         chunk = program.chunks[key]
         limit = min(limit, program.capacity)
         clock = constant(seconds if "seconds" in self.body.needs else 0.0, tf.float64)
@@ -248,7 +254,7 @@ class CompiledDriver(Driver):
         if chunk.queue and taken:
             records = dict(zip(program.records, chunk.queue.dequeue_many(taken)[-len(program.records) :], strict=True))
         columns = {name: to_array(record) for name, record in records.items()}
-        loss = to_array(outcome.loss).item() if fired and finite and self.traced_loss else None
+        loss = to_array(outcome.loss).item() if fired and finite and self._loss else None
         values = outcome.values if finite else ()  # which the host may have changed since
         return Advance(outcome[:2], taken, fired, evaluations, columns, loss, values, bool(exhausted), finite, culprits)
 
