@@ -8,7 +8,10 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import numpy as np
 import tensorflow as tf
+
+from tapekit._tensors import aligned, lent, to_array
 
 
 class Portion(NamedTuple):
@@ -61,6 +64,7 @@ class Stream:
         self._key = repr(self._spec)
         leaves = tf.nest.flatten(self._spec)
         self._is_dense = all(isinstance(leaf, tf.TensorSpec) for leaf in leaves)
+        self._is_numeric = self._is_dense and all(_is_numeric(leaf.dtype) for leaf in leaves)
         self._is_static = self._is_dense and all(leaf.shape.is_fully_defined() for leaf in leaves)
         self._resource: Any = getattr(iterator, "_iterator_resource", None) if self._is_dense else None
         self._signature: dict[str, Any] = {}
@@ -69,6 +73,8 @@ class Stream:
         self._waiting: collections.deque[Any] = collections.deque()
         self._end: Exception | None = None
         self._room = 1
+        self._places: list[np.ndarray] = []
+        """Where batches are stacked."""
 
     def portion(self) -> Portion:
         """Returns the batches that are left."""
@@ -98,7 +104,7 @@ class Stream:
             self._waiting.append(self._read())
         first = self._waiting[0]
         room = 1
-        if self._is_dense:  # at least 2, since XLA rounds otherwise where there is nothing to choose from
+        if self._is_numeric:  # at least 2, since XLA rounds otherwise where there is nothing to choose from
             room = max(2, min(period, self.MOST, self.BYTES // max(1, _bytes(first))))
         batches = [first]
         while len(batches) < min(most, room):
@@ -108,10 +114,22 @@ class Stream:
             if not self._is_static and _shapes(following) != _shapes(first):
                 break
             batches.append(following)
-        self._room, count = room, len(batches)
-        batches += batches[-1:] * (room - count)  # since each number would be compiled apart
-        feed = [tf.stack(leaves) for leaves in zip(*batches, strict=True)] if room > 1 else first
-        return Portion(self._key, self._spec, tuple(_shapes(first)), feed, count, _nth_of(self._spec, room))
+        self._room = room
+        feed = self._stack(batches, room) if room > 1 else first
+        return Portion(self._key, self._spec, tuple(_shapes(first)), feed, len(batches), _nth_of(self._spec, room))
+
+    def _stack(self, batches: list[Any], room: int) -> list[tf.Tensor]:
+        """Copies batches to memory with room for more, since each number would be compiled apart.
+
+        It is the same memory each time; what steps take from there they copy.
+        """
+        if [place.shape for place in self._places] != [(room, *leaf.shape) for leaf in batches[0]]:
+            self._places = [aligned((room, *leaf.shape), leaf.dtype.as_numpy_dtype) for leaf in batches[0]]
+            batches = batches + batches[-1:] * (room - len(batches))  # numbers everywhere, in case somebody tries
+        for n, batch in enumerate(batches):
+            for place, leaf in zip(self._places, batch, strict=True):
+                place[n] = to_array(leaf)
+        return [lent(place) for place in self._places]
 
     @contextlib.contextmanager
     def reading(self, most: int) -> Iterator[None]:
@@ -181,6 +199,10 @@ def _nth_of(spec: Any, room: int) -> Callable[[Any, Any], Any]:
         return tf.nest.pack_sequence_as(spec, leaves)
 
     return batch
+
+
+def _is_numeric(dtype: tf.DType) -> bool:
+    return dtype.is_floating or dtype.is_integer or dtype.is_complex or dtype.is_bool
 
 
 def _shapes(leaves: list[Any]) -> list[Any]:

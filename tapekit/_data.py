@@ -21,6 +21,7 @@ from keras.src.trainers.epoch_iterator import EpochIterator
 
 from tapekit._batches import Portion, Stream
 from tapekit._random_state import host_random_state, set_host_random_state
+from tapekit._tensors import aligned, lent
 
 
 class _DevicePass:
@@ -387,21 +388,12 @@ def _device_arrays(adapter: Any, most_bytes: int) -> Any:
     return _each(_tensor, arrays)
 
 
-class _Lent:
-    """An array that TensorFlow copies once; of one that it knows as such it makes a second copy."""
-
-    def __init__(self, array: np.ndarray) -> None:
-        self._array = array
-
-    def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:
-        return self._array
-
-
 def _tensor(leaf: Any) -> tf.Tensor:
-    # What is aligned to 64 bytes TensorFlow would not copy at all, but share with whoever may change it.
-    lends = isinstance(leaf, np.ndarray) and leaf.nbytes > _SMALL and leaf.ctypes.data % 64 and leaf.flags.c_contiguous
-    value: Any = _Lent(leaf) if lends else leaf
-    return tf.convert_to_tensor(value)
+    if not (isinstance(leaf, np.ndarray) and leaf.nbytes > _SMALL and leaf.dtype.kind in "biuf"):
+        return tf.convert_to_tensor(leaf)
+    own = aligned(leaf.shape, leaf.dtype)
+    np.copyto(own, leaf)
+    return lent(own)
 
 
 _SMALL = 1 << 16

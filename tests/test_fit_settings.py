@@ -22,6 +22,7 @@ import tapekit as tk
 from tapekit import stopping
 from tapekit._batches import Stream
 from tapekit._drivers import CompiledDriver, Pace
+from tapekit._tensors import aligned, lent, to_array
 
 DRIVERS = {"eager": {"run_eagerly": True}, "graph": {"jit_compile": False}, "xla": {"jit_compile": True}}
 SETTINGS = {"batch_size": 4, "epochs": 2, "shuffle": False, "verbose": 0}
@@ -401,6 +402,60 @@ def test_steps_wait_for_few_batches_and_take_as_many_as_were_read_meanwhile():
     assert stream.stacked(50, 50).length == 30
     stream.drop(30)
     assert stream.take().numpy().tolist() == [60, 61]
+
+
+def _address(tensor):
+    return to_array(tensor).ctypes.data
+
+
+def test_batches_are_stacked_in_the_same_memory_each_time_which_tensorflow_shares():
+    batches = tf.data.Dataset.range(48).map(lambda n: (tf.cast(n, tf.bfloat16), [[n]], n % 2 == 0))
+    stream = Stream(iter(batches))
+    seen = []
+    for first in (0, 4, 8):
+        portion = stream.stacked(50, 16)
+        assert portion.length == Stream.FEW
+        addresses = [place.ctypes.data for place in stream._places]
+        assert list(map(_address, portion.feed[1:])) == addresses[1:]  # NumPy is given a copy of a bfloat16
+        seen.append(addresses)
+        for n in range(portion.length):
+            scalar, matrix, even = portion.batch(portion.feed, n)
+            assert (float(scalar), matrix.numpy().tolist(), bool(even)) == (first + n, [[first + n]], n % 2 == 0)
+        stream.drop(portion.length)
+    assert seen[0] == seen[1] == seen[2]
+
+
+def test_batches_of_strings_come_one_by_one():
+    portion = Stream(iter(tf.data.Dataset.from_tensor_slices([["a"], ["b"]]))).stacked(50, 50)
+    assert (portion.length, portion.batch(portion.feed, 0).numpy().tolist()) == (1, [b"a"])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int64", "bool", "float16"])
+@pytest.mark.parametrize("shape", [(9, 1000), (100_000,), (0, 3), ()])
+def test_tensorflow_shares_the_memory_that_it_is_lent(shape, dtype):
+    array = aligned(shape, dtype)
+    array[...] = 0
+    tensor = lent(array)
+    assert (tensor.shape, tensor.dtype) == (shape, dtype)
+    array[...] = 1
+    assert np.all(tensor.numpy() == 1)
+
+
+def test_what_becomes_of_arrays_during_a_fit_changes_nothing():
+    def losses(spoils):
+        x, y = aligned((10_000, 3), "float32"), np.zeros((10_000, 1), "float32", order="F")
+        x[:] = np.linspace(-1.0, 1.0, 30_000).reshape(x.shape)
+
+        def spoil(epoch, logs):
+            if spoils:
+                x[:], y[:] = 7.0, 7.0
+
+        spoiling = keras.callbacks.LambdaCallback(on_epoch_end=spoil)
+        model = compiled(functional(kernel_initializer="ones"))
+        settings = {**SETTINGS, "batch_size": 1000, "epochs": 3, "callbacks": [spoiling]}
+        return tk.OptimizationLoop().fit(model, x, y, **settings).history["loss"]
+
+    np.testing.assert_array_equal(losses(spoils=True), losses(spoils=False))
 
 
 @pytest.mark.parametrize("arguments", [{"x": data()[0], "y": data()[1], "batch_size": 4}, {"x": _stream()}])
