@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 from tests.benchmarks.harness import OURS, Table
@@ -25,7 +26,9 @@ def draw(tables: list[Table], about: str) -> Figure:
         points = [
             (table.ratio(row), place) for place, table in enumerate(cases) for row in table.rows if row.name == name
         ]
-        ax.plot(*zip(*points, strict=True), markers[number % len(markers)], color=f"C{number % 10}", label=name)
+        shade, hue = divmod(number, 10)
+        color = f"C{hue}" if not shade else colormaps["tab20"](2 * hue + 1)  # a lighter one
+        ax.plot(*zip(*points, strict=True), markers[number % len(markers)], color=color, label=name)
     ax.axvline(1.0, color="black", linewidth=1.0)
     ax.set(xscale="log", xlabel="time beside tapekit; to the left of 1 is faster", ylim=(len(cases) - 0.5, -0.5))
     ax.set_yticks(range(len(cases)), [table.title for table in cases])
