@@ -26,8 +26,8 @@ def draw(tables: list[Table], about: str) -> Figure:
         points = [
             (table.ratio(row), place) for place, table in enumerate(cases) for row in table.rows if row.name == name
         ]
-        shade, hue = divmod(number, 10)
-        color = f"C{hue}" if not shade else colormaps["tab20"](2 * hue + 1)  # a lighter one
+        lighter, hue = divmod(number, 10)
+        color = colormaps["tab20"](2 * hue + lighter)
         ax.plot(*zip(*points, strict=True), markers[number % len(markers)], color=color, label=name)
     ax.axvline(1.0, color="black", linewidth=1.0)
     ax.set(xscale="log", xlabel="time beside tapekit; to the left of 1 is faster", ylim=(len(cases) - 0.5, -0.5))
