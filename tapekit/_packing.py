@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -53,7 +53,7 @@ class Packing:
         """Returns the structure that was split, whose leaves have their shapes and dtypes again."""
         leaves = [*integers, *self._parts("f", floats, 0)]
         places = dict(zip(self._order["i"] + self._order["f"], leaves, strict=True))
-        return self._structured([places[n] for n in range(len(places))])
+        return _refilled(self.structure, iter([places[n] for n in range(len(places))]))
 
     def pack(self, integers: Sequence[Any]) -> tf.Tensor:
         """Returns, inside a graph, the vector of the caller's integers and those that `split` gives."""
@@ -95,10 +95,7 @@ class Packing:
             else:
                 value = vector.item(slot.place.start)
                 leaves.append(bool(value) if slot.dtype.kind == "b" else value)
-        return self._structured(leaves)
-
-    def _structured(self, leaves: list[Any]) -> Any:
-        return tree.pack_sequence_as(self.structure, leaves)
+        return _refilled(self.structure, iter(leaves))
 
 
 _KINDS = {"i": tf.int64, "f": tf.float64}
@@ -116,6 +113,16 @@ class Slot(NamedTuple):
 
 def _cast(tensor: Any, dtype: np.dtype) -> Any:
     return tensor if tensor.dtype == dtype else tf.cast(tensor, dtype)
+
+
+def _refilled(structure: Any, leaves: Iterator[Any]) -> Any:
+    """Returns a structure with the next leaves, as `tree.pack_sequence_as` does, which takes a run's time for it."""
+    if isinstance(structure, np.ndarray):
+        return next(leaves)
+    if isinstance(structure, (tuple, list)):
+        parts = [_refilled(part, leaves) for part in structure]
+        return type(structure)(*parts) if hasattr(structure, "_fields") else type(structure)(parts)
+    return tree.pack_sequence_as(structure, [next(leaves) for _ in tree.flatten(structure)])
 
 
 def number(array: Any) -> Any:

@@ -1,5 +1,7 @@
 """The state of a run in a few tensors: the same bits come out, on the host and in a graph."""
 
+from typing import NamedTuple
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -52,3 +54,16 @@ def test_a_graph_unpacks_and_packs_the_same(jit_compile):
     integers, floats = through(*packing.initial)
     assert integers.numpy()[:2].tolist() == header
     check(packing.read(integers.numpy(), floats.numpy()))
+
+
+class Pair(NamedTuple):
+    one: object
+    other: object
+
+
+def test_a_nested_state_comes_back_in_its_structure():
+    structure = [(), Pair(np.asarray(1), [np.asarray(0.5), {"b": np.asarray(2), "a": (np.asarray(False),)}]), ((),)]
+    packing = Packing(structure, header=1)
+    found = packing.read(*(part.numpy() for part in packing.initial))
+    assert found == [(), Pair(1, [0.5, {"b": 2, "a": (False,)}]), ((),)]
+    assert type(found[1]) is Pair
