@@ -32,9 +32,16 @@ def test_peers_take_turns_and_are_reset_before_each_run(clock):
     assert calls == [f"reset {OURS}", OURS, "reset other", "other"] * 4  # the first, one to warm up, and two
 
 
-def test_the_first_run_and_those_that_warm_up_are_apart(clock):
-    table = compare("work", peers([]), rounds=3, tolerance=0.0, warm_up=2)
+def test_the_first_run_and_the_one_that_warms_up_are_apart(clock):
+    table = compare("work", peers([]), rounds=3, tolerance=0.0)
     assert [(row.cold, row.warm) for row in table.rows] == [(1.0, [1.0] * 3)] * 2
+
+
+def test_none_warms_up_for_a_single_turn(clock):
+    calls = []
+    table = compare("work", peers(calls), rounds=1, tolerance=0.0)
+    assert calls.count(OURS) == 2
+    assert [(row.cold, row.warm) for row in table.rows] == [(1.0, [1.0])] * 2
 
 
 def test_a_turn_of_short_runs_is_their_mean(monkeypatch):

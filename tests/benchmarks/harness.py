@@ -144,16 +144,15 @@ def check_same(title: str, losses: dict[str, float], tolerance: float) -> None:
             )
 
 
-def compare(title: str, peers: Sequence[Peer], rounds: int, tolerance: float, warm_up: int = 1) -> Table:
+def compare(title: str, peers: Sequence[Peer], rounds: int, tolerance: float) -> Table:
     """Lets peers do the same work in turn, A B C A B C, so that a change of the machine's speed meets all.
 
     Args:
         title: the case.
         peers: who takes part.
-        rounds: how many turns each is timed, beside the first run and those that warm up; a turn of short runs is
-            their mean.
+        rounds: how many turns each is timed, after the first run and, if there are several, one that warms up; a turn
+            of short runs is their mean.
         tolerance: how much their losses may differ, relative to tapekit's.
-        warm_up: how many runs after the first are left out.
 
     Returns:
         The table.
@@ -163,6 +162,7 @@ def compare(title: str, peers: Sequence[Peer], rounds: int, tolerance: float, wa
     """
     times: dict[str, list[float]] = {peer.name: [] for peer in peers}
     losses: dict[str, float | None] = {}
+    warm_up = min(1, rounds - 1)
     for turn in range(1 + warm_up + rounds):
         for peer in peers:
             # After the others a short run finds nothing in the caches, which is no longer being warm.
