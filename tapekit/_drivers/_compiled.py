@@ -42,8 +42,8 @@ class CompiledDriver(Driver):
     """The memory that the records of a chunk may take."""
     WORTH_A_TRIAL = 2e-3
     """Seconds that a step of a model takes under XLA at least for a graph to be tried beside it."""
-    PAYS = 4
-    """How many times as long as its first call, which compiles it, all steps must be expected to take for that."""
+    PAYS = 0.5
+    """The share of its first call, which compiles it, that all steps must be expected to take: a graph takes that."""
     LONG = 0.1
     """Seconds of steps that tell how long one takes."""
 
@@ -137,7 +137,7 @@ class CompiledDriver(Driver):
         return True
 
     def _may_gain(self, program: Program) -> bool:
-        """Returns whether a graph, which takes as long to make, might save much of what the steps take under XLA."""
+        """Returns whether a graph might save as much of what the steps take under XLA as it takes to make."""
         compilation, seconds = program.costs or (0.0, 0.0)
         is_long = self.expected * seconds > self.PAYS * compilation
         return seconds > self.WORTH_A_TRIAL and is_long and program.in_graph is None
