@@ -506,7 +506,9 @@ def test_of_an_error_of_tensorflow_the_line_that_says_what_is_wrong_is_told():
     message = """Graph execution error:
 
     Detected at node a/b defined at (most recent call last):
+      File "model.py", line 9, in call
     <stack traces unavailable>
+
     Input 0 must be a compile-time constant.
 
     XLA compilation requires that

@@ -482,6 +482,23 @@ def test_a_graph_is_tried_once_the_steps_pay_for_it_and_taken_if_it_is_faster(
     assert loop.traces == 1
 
 
+def test_what_a_graph_cannot_run_stays_with_xla(monkeypatch, caplog):
+    def costs(driver, program, portion):
+        for variable in program.written:
+            variable.assign(tf.fill(variable.shape, tf.cast(7, variable.dtype)))
+        if program.jit:
+            return 0.0, 0.01
+        raise tf.errors.InvalidArgumentError(None, None, "no dilation on a CPU.")
+
+    expected, _, _ = _trained(compiled(functional(kernel_initializer="ones")), _stream())
+    monkeypatch.setattr(CompiledDriver, "_costs", costs)
+    with caplog.at_level(logging.INFO, "tapekit"):
+        found, jit, _ = _trained(compiled(functional(kernel_initializer="ones")), _stream())
+    assert jit == [True]
+    assert "XLA runs this objective, since a graph cannot: no dilation on a CPU." in caplog.text
+    np.testing.assert_array_equal(found.history["loss"], expected.history["loss"])
+
+
 def test_a_stream_of_batches_of_changing_shapes_runs_as_a_graph_since_xla_compiles_each():
     inputs = keras.Input((None, 3))
     model = compiled(keras.Model(inputs, layers.Dense(1)(layers.GlobalAveragePooling1D()(inputs))))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import textwrap
 import time
 from typing import Any
@@ -125,9 +126,7 @@ class CompiledDriver(Driver):
         before = [(variable, tf.identity(variable)) for variable in program.step.variables]
         program.costs = program.costs or self._costs(program, portion)
         if program.jit and self._may_gain(program):
-            program.jit = False
-            program.in_graph = self._costs(program, portion)[1]
-            program.jit = True
+            program.in_graph = self._seconds_in_graph(program, portion)
             here, there = program.costs[1], program.in_graph
             if there < 0.9 * here:
                 self._fall_back(f"a step took {here * 1e3:.1f} ms, and {there * 1e3:.1f} ms in a graph", logging.INFO)
@@ -135,6 +134,17 @@ class CompiledDriver(Driver):
             variable.assign(value)
         self._pace = Pace()
         return True
+
+    def _seconds_in_graph(self, program: Program, portion: Portion) -> float:
+        """Returns how long a step takes in a graph; infinity if TensorFlow cannot run it there."""
+        program.jit = False
+        try:
+            return self._costs(program, portion)[1]
+        except tf.errors.OpError as error:  # such as for dilated gradients on a CPU, which XLA has
+            logger.info("XLA runs this objective, since a graph cannot: %s.", _cause(error))
+            return math.inf
+        finally:
+            program.jit = True
 
     def _may_gain(self, program: Program) -> bool:
         """Returns whether a graph might save as much of what the steps take under XLA as it takes to make."""
@@ -309,5 +319,6 @@ _FROM_DATA = "IteratorGetNext"
 def _cause(error: tf.errors.OpError) -> str:
     """Returns the line of an error of TensorFlow that says what is wrong, which others come before."""
     lines = [line.strip().rstrip(".") for line in str(error.message).splitlines()]
-    telling = (line for line in lines if line and not line.startswith(("Detected at node", "<")) and line[-1] != ":")
+    others = "Detected at node", "<", 'File "'
+    telling = (line for line in lines if line and not line.startswith(others) and line[-1] != ":")
     return textwrap.shorten(next(telling, lines[0]), 300, placeholder=" ...")
