@@ -499,6 +499,24 @@ def test_what_a_graph_cannot_run_stays_with_xla(monkeypatch, caplog):
     np.testing.assert_array_equal(found.history["loss"], expected.history["loss"])
 
 
+@pytest.mark.parametrize("arguments", [{"x": data()[0], "y": data()[1], "batch_size": 4}, {"x": _stream()}])
+def test_a_trial_that_is_broken_off_leaves_the_model_as_it_was(monkeypatch, arguments):
+    def costs(driver, program, portion):
+        for variable in program.written:
+            variable.assign(tf.fill(variable.shape, tf.cast(7, variable.dtype)))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(CompiledDriver, "_costs", costs)
+    model = compiled(functional(), "adam")
+    model.optimizer.build(model.trainable_variables)
+    before = [variable.numpy() for variable in (*model.weights, *model.optimizer.variables)]
+    with pytest.raises(KeyboardInterrupt):
+        tk.OptimizationLoop().fit(model, **arguments, shuffle=False, verbose=0)
+    after = [variable.numpy() for variable in (*model.weights, *model.optimizer.variables)]
+    for one, other in zip(after, before, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
 def test_a_stream_of_batches_of_changing_shapes_runs_as_a_graph_since_xla_compiles_each():
     inputs = keras.Input((None, 3))
     model = compiled(keras.Model(inputs, layers.Dense(1)(layers.GlobalAveragePooling1D()(inputs))))

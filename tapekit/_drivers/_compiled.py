@@ -124,14 +124,17 @@ class CompiledDriver(Driver):
         if not (self._tries and program.jit) or (program.costs and not self._may_gain(program)):
             return False
         before = [(variable, tf.identity(variable)) for variable in program.step.variables]
-        program.costs = program.costs or self._costs(program, portion)
-        if program.jit and self._may_gain(program):
-            program.in_graph = self._seconds_in_graph(program, portion)
-            here, there = program.costs[1], program.in_graph
-            if there < 0.9 * here:
-                self._fall_back(f"a step took {here * 1e3:.1f} ms, and {there * 1e3:.1f} ms in a graph", logging.INFO)
-        for variable, value in before:
-            variable.assign(value)
+        try:
+            program.costs = program.costs or self._costs(program, portion)
+            if program.jit and self._may_gain(program):
+                program.in_graph = self._seconds_in_graph(program, portion)
+                here, there = program.costs[1], program.in_graph
+                if there < 0.9 * here:
+                    why = f"a step took {here * 1e3:.1f} ms, and {there * 1e3:.1f} ms in a graph"
+                    self._fall_back(why, logging.INFO)
+        finally:
+            for variable, value in before:
+                variable.assign(value)
         self._pace = Pace()
         return True
 
