@@ -116,7 +116,7 @@ def _cast(tensor: Any, dtype: np.dtype) -> Any:
 
 
 def _refilled(structure: Any, leaves: Iterator[Any]) -> Any:
-    """Returns a structure with the next leaves, as `tree.pack_sequence_as` does, which takes a run's time for it."""
+    """Returns a structure with the next leaves, as `tree.pack_sequence_as` does, which a short run would notice."""
     if isinstance(structure, np.ndarray):
         return next(leaves)
     if isinstance(structure, (tuple, list)):

@@ -56,8 +56,8 @@ def test_the_gradients_of_convolutions_are_those_of_tensorflow(size, stride, dil
     def convolved(images, kernel):
         return tf.nn.conv2d(images, kernel, stride, padding, dilations=dilation)
 
-    # TensorFlow has no dilated gradients on a CPU; and for a kernel of one number and strides that differ, oneDNN, on a
-    # processor with AVX-512, writes past the end of what it was given, so that the process crashes, soon or late.
+    # TensorFlow has no dilated gradients on a CPU. For a 1x1 kernel and some strides that differ it crashes, soon or
+    # late, on a processor with AVX-512, where oneDNN writes past the end of what it was given.
     by_xla = dilation != (1, 1) or (size == (1, 1) and stride == (3, 1))
     inputs = tf.constant(_random(3, 9, 8, 2)), tf.constant(_random(*size, 2, 5))
     _assert_same(convolved, *inputs, by_xla=by_xla)

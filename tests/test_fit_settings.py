@@ -482,10 +482,15 @@ def test_a_graph_is_tried_once_the_steps_pay_for_it_and_taken_if_it_is_faster(
     assert loop.traces == 1
 
 
+def _spoil(program):
+    """Leaves other numbers in all that a step changes, as a trial does."""
+    for variable in program.written:
+        variable.assign(tf.fill(variable.shape, tf.cast(7, variable.dtype)))
+
+
 def test_what_a_graph_cannot_run_stays_with_xla(monkeypatch, caplog):
     def costs(driver, program, portion):
-        for variable in program.written:
-            variable.assign(tf.fill(variable.shape, tf.cast(7, variable.dtype)))
+        _spoil(program)
         if program.jit:
             return 0.0, 0.01
         raise tf.errors.InvalidArgumentError(None, None, "no dilation on a CPU.")
@@ -502,8 +507,7 @@ def test_what_a_graph_cannot_run_stays_with_xla(monkeypatch, caplog):
 @pytest.mark.parametrize("arguments", [{"x": data()[0], "y": data()[1], "batch_size": 4}, {"x": _stream()}])
 def test_a_trial_that_is_broken_off_leaves_the_model_as_it_was(monkeypatch, arguments):
     def costs(driver, program, portion):
-        for variable in program.written:
-            variable.assign(tf.fill(variable.shape, tf.cast(7, variable.dtype)))
+        _spoil(program)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(CompiledDriver, "_costs", costs)
