@@ -295,7 +295,7 @@ class Problem:
             function()
             return
         # A sum is finite only if all entries are, and takes one op where looking at each takes several.
-        by_sum = sum_finite(gradients)
+        by_sum = sum_finite(gradients, undone=self._guard == Guard.BY_SUM)
         counts = tf.cond(
             by_sum | (self._guard == Guard.BY_SUM),
             lambda: tf.zeros([len(gradients)], tf.int64),

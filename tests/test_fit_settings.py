@@ -477,9 +477,22 @@ def test_a_graph_is_tried_once_the_steps_pay_for_it_and_taken_if_it_is_faster(
             loop.fit(model, **arguments, epochs=1, shuffle=False, verbose=0)
             (driver,) = loop._programs.values()
             seen.append((list(asked), driver.jit))
-    assert seen == [([True], True), ([True, False], jit), ([True, False], jit)]
+    tried = [True, False] if jit else [True, False, True]
+    assert seen == [([True], True), (tried, jit), (tried, jit)]
     assert ("a step took 10.0 ms, and 1.0 ms in a graph" in caplog.text) is not jit
     assert loop.traces == 1
+
+
+def test_a_graph_that_won_while_others_had_the_processor_is_not_taken(monkeypatch):
+    under_xla = iter([0.03, 0.01])
+
+    def costs(driver, program, portion):
+        return 0.0, next(under_xla) if program.jit else 0.02
+
+    monkeypatch.setattr(CompiledDriver, "_costs", costs)
+    _, jit, _ = _trained(compiled(functional()), _stream())
+    assert jit == [True]
+    assert not list(under_xla)
 
 
 def _spoil(program):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
+import re
 import signal
 import threading
 import time
@@ -15,6 +17,7 @@ import tensorflow as tf
 
 import tapekit as tk
 from tapekit import _drivers
+from tapekit._nonfinite import Guard
 
 DRIVERS = {
     "xla": {},
@@ -87,6 +90,49 @@ def test_finite_gradients_whose_sum_overflows_are_finite(driver, size):
     np.testing.assert_allclose(losses[:5], [1.0, 0.99, 0.98, 0.97, 0.96], rtol=1e-6)
     np.testing.assert_allclose(losses[5], -1e305, rtol=1e-6)
     np.testing.assert_allclose(x, -2e305, rtol=1e-6)
+
+
+@tf.custom_gradient
+def _one_infinite_slice(rows):
+    """The rows, one entry of whose gradient is infinite once the first is below 0.97."""
+    spoiled = tf.tensor_scatter_nd_update(tf.ones_like(rows), [[3, 1]], [np.inf])
+    return tf.identity(rows), lambda upstream: upstream * tf.where(rows[0, 0] < 0.97, spoiled, 1.0)
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_an_infinity_in_one_of_more_slices_than_rows_is_found(driver):
+    table = tf.Variable(tf.ones([2, 3]))
+    loop = tk.OptimizationLoop(keras.optimizers.SGD(0.01), max_iterations=6, **DRIVERS[driver])
+    result = loop.minimize(lambda: tf.reduce_sum(_one_infinite_slice(tf.gather(table, [0, 1, 0, 1, 1]))), [table])
+    assert (result.reason, result.steps) == (tk.StopReason.NOT_FINITE, 3)
+    assert "(1 of 6" in result.message
+    np.testing.assert_allclose(table, [[0.96] * 3, [0.94] * 3], rtol=1e-6)
+
+
+def test_to_look_at_slices_xla_sums_no_more_numbers_than_the_table_has():
+    hidden = [keras.layers.Embedding(50, 3), keras.layers.GlobalAveragePooling1D(), keras.layers.Dense(2)]
+    model = keras.Sequential([keras.Input((20,), dtype="int32"), *hidden])
+    model.compile("adam", "mse")
+    x, y = np.zeros((64, 20), "int32"), np.zeros((64, 2), "float32")
+    loop = tk.OptimizationLoop()
+    loop.fit(model, x, y, batch_size=32, verbose=0)
+    (driver,) = loop._programs.values()
+    (step,) = driver.steps
+    (clock, integers, floats, _, _), _ = step.structured_input_signature
+    zeros = [tf.zeros(spec.shape, spec.dtype) for spec in (clock, *integers, floats)]
+
+    @tf.function(jit_compile=True)
+    def run(x, y):
+        return step(zeros[0], zeros[1:-1], zeros[-1], (x, y), tf.constant(Guard.BY_SUM, tf.int32))[3]
+
+    text = run.experimental_get_compiler_ir(tf.constant(x[:32]), tf.constant(y[:32]))(stage="optimized_hlo")
+    sizes = {
+        name: math.prod(map(int, shape.split(","))) for name, shape in re.findall(r"(%\S+) = f32\[([\d,]+)\]", text)
+    }
+    summed = [sizes[name] for name in re.findall(r"f32\[\] reduce\((%[^ ,]+),", text)]
+    assert summed
+    assert max(summed) <= 50 * 3 < 32 * 20 * 3
+    assert len(re.findall(r" scatter\(", text)) == 2, "those of Adam: of the gradient and of its square"
 
 
 def test_a_look_that_disagrees_with_the_chunk_is_taken_once(monkeypatch):
