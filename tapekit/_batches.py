@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import concurrent.futures
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
@@ -75,6 +76,7 @@ class Stream:
         self._room = 1
         self._places: list[np.ndarray] = []
         """Where batches are stacked."""
+        self._worker = concurrent.futures.ThreadPoolExecutor(1, "tapekit stream")
 
     def portion(self) -> Portion:
         """Returns the batches that are left."""
@@ -148,13 +150,12 @@ class Stream:
             while len(self._waiting) < most and not left.is_set() and self._read_one_more():
                 pass
 
-        thread = threading.Thread(target=read, name="tapekit reads batches", daemon=True)
-        thread.start()
+        reader = self._worker.submit(read)
         try:
             yield
         finally:
             left.set()
-            thread.join()
+            reader.result()
 
     def drop(self, count: int) -> None:
         """Lets go of the next `count` batches, which were stacked."""
@@ -162,14 +163,15 @@ class Stream:
             self._waiting.popleft()
 
     def close(self) -> None:
-        """Lets go of the iterator, in another thread.
+        """Lets go of the iterator, in the thread that has read on.
 
         Whoever does so waits for the thread in which TensorFlow tunes the pipeline. That is woken before it can see
         that it is to end, and if it looks at once it sleeps on: for as long as the iterator has been read, or a minute.
         """
         held = [self.iterator, self._resource]
         self.iterator = self._resource = None
-        threading.Thread(target=held.clear, name="tapekit lets go of an iterator").start()
+        self._worker.submit(held.clear)
+        self._worker.shutdown(wait=False)
 
     def _read_one_more(self) -> bool:
         """Lets one more batch wait; returns whether there was one. If not, why is kept until those before are taken."""

@@ -625,7 +625,8 @@ def test_a_stream_is_read_on_while_a_chunk_runs_and_by_nobody_while_a_hook_does(
         every = 10
 
         def on_step(self, step, logs):
-            seen.append((step, sum(readers.values()), [thread.name for thread in threading.enumerate()]))
+            time.sleep(0.01)
+            seen.append((step, sum(readers.values())))
 
     def read(stream):
         readers[threading.current_thread().name] += 1
@@ -638,8 +639,7 @@ def test_a_stream_is_read_on_while_a_chunk_runs_and_by_nobody_while_a_hook_does(
     loop = tk.OptimizationLoop(jit_compile=True, steps_per_execution=2)
     result = loop.fit(compiled(functional()), dataset, shuffle=False, verbose=0, callbacks=[Watch()])
     assert len(readers) == 2, "the main thread and another"
-    assert [(step, count) for step, count, _ in seen] == [(step, step) for step in range(10, result.steps + 1, 10)]
-    assert not any("reads batches" in name for _, _, names in seen for name in names)
+    assert seen == [(step, step) for step in range(10, result.steps + 1, 10)]
 
 
 @pytest.mark.parametrize("driver", [{"run_eagerly": True}, {"jit_compile": False}, {"jit_compile": True}], ids=str)
@@ -661,7 +661,7 @@ def test_nobody_waits_for_the_end_of_a_pipeline(driver, limit, monkeypatch):
     )
     for thread in {*threading.enumerate()} - before:
         thread.join(60)
-    assert [thread.name for thread in threads] == (2 if limit else 3) * ["tapekit lets go of an iterator"]
+    assert [thread.name for thread in threads] == (2 if limit else 3) * ["tapekit stream_0"]
 
 
 def test_a_pipeline_that_raises_while_a_chunk_runs_ends_the_run_after_the_steps_before():
