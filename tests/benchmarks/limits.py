@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import keras
 import tensorflow as tf
 
 from tests.benchmarks.harness import Peer, Row, Table, compare, in_new_processes, installed
@@ -129,6 +130,31 @@ def convolutions(steps: int) -> dict[str, Callable[[], float]]:
     }
 
 
+def embeddings(steps: int) -> dict[str, Callable[[], float]]:
+    """Updates of an embedding by Keras's Adam, which squares each slice of a gradient that is not made dense before."""
+    slices = tf.random.stateless_uniform((10_240, 32), (1, 2), -1.0, 1.0)
+    rows = tf.random.stateless_uniform([10_240], (3, 4), 0, 2_000, tf.int32)
+
+    def in_a_loop(prepare: Callable[[Any], Any]) -> Callable[[], float]:
+        table, adam = keras.Variable(tf.zeros((2_000, 32))), keras.optimizers.Adam()
+        adam.build([table])
+        _, _, momentum, _ = adam.variables
+
+        @tf.function(jit_compile=True, autograph=False)
+        def run() -> Any:
+            def advance(step: Any) -> Any:
+                values = slices * tf.cast(step, tf.float32)
+                adam.apply_gradients([(prepare(tf.IndexedSlices(values, rows, tf.constant((2_000, 32)))), table)])
+                return (step + 1,)
+
+            tf.while_loop(lambda step: step < steps, advance, (0,))
+            return tf.linalg.norm(momentum.value)
+
+        return lambda: float(run())
+
+    return {"slices": in_a_loop(lambda gradient: gradient), "made dense before": in_a_loop(tf.convert_to_tensor)}
+
+
 def tables(quick: bool) -> Iterator[Table]:
     """Measures the limits.
 
@@ -136,9 +162,9 @@ def tables(quick: bool) -> Iterator[Table]:
         quick: whether to take few steps once.
 
     Yields:
-        A table for the cost of a call, one for the end of a pipeline, one for convolutions, one for a learning rate
-        that the compiler does not know, and one for a step that moves more bytes than XLA has in a loop that is one
-        kernel.
+        A table for the cost of a call, one for the end of a pipeline, one for convolutions, one for an embedding, one
+        for a learning rate that the compiler does not know, and one for a step that moves more bytes than XLA has in a
+        loop that is one kernel.
     """
     rounds = 1 if quick else 15
     peers = [Peer(name, run, CALLS) for name, run in calls().items()]
@@ -149,6 +175,9 @@ def tables(quick: bool) -> Iterator[Table]:
     steps = 2 if quick else 10
     peers = [Peer(name, run, steps) for name, run in convolutions(steps).items()]
     yield compare("limit: the gradient of a convolution", peers, rounds, 1e-3)
+    steps = 2 if quick else 100
+    peers = [Peer(name, run, steps) for name, run in embeddings(steps).items()]
+    yield compare("limit: the update of an embedding", peers, rounds, 1e-4)
     steps = 1_000 if quick else 100_000
     makers = MAKERS if installed("jax") else {"TensorFlow, XLA": by_tensorflow}
     peers = [
