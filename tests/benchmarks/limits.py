@@ -17,6 +17,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from tests.benchmarks import functions
 from tests.benchmarks.harness import Peer, Row, Table, compare, in_new_processes, installed
 
 RATE = 2.0**-20
@@ -57,6 +58,32 @@ def by_jax(steps: int, is_variable: bool, shape: tuple[int, ...] = ()) -> Callab
 
 
 MAKERS: dict[str, Callable[..., Callable[[], float]]] = {"TensorFlow, XLA": by_tensorflow, "JAX": by_jax}
+
+
+def with_history(steps: int) -> dict[str, Callable[[], float]]:
+    """The descent by an optimizer, with the loss of each step recorded and one looked for that never comes."""
+    problem = functions.problems()["quadratic, SGD"]
+    function, start, method, rate = problem
+    x, optimizer = tf.Variable(start), functions.keras_optimizer(keras, method, rate)
+    optimizer.build([x])
+
+    @tf.function(jit_compile=True, autograph=False)
+    def minimize() -> Any:
+        def advance(step: Any, _: Any, losses: Any) -> Any:
+            with tf.GradientTape() as tape:
+                loss = function(x, functions.IN_TF)
+            optimizer.apply_gradients([(tape.gradient(loss, x), x)])
+            return step + 1, loss <= functions.NEVER, losses.write(step, loss)
+
+        begun = 0, False, tf.TensorArray(x.dtype, steps, element_shape=[])
+        return tf.while_loop(lambda step, below, _: (step < steps) & ~below, advance, begun)[2].stack()
+
+    def run() -> float:
+        x.assign(start)
+        return float(minimize()[-1])
+
+    found = {"TensorFlow and Keras, XLA": run}
+    return found | ({"JAX and optax": functions.by_jax(problem, steps).run} if installed("jax", "optax") else {})
 
 
 def calls() -> dict[str, Callable[[], float]]:
@@ -163,8 +190,8 @@ def tables(quick: bool) -> Iterator[Table]:
 
     Yields:
         A table for the cost of a call, one for the end of a pipeline, one for convolutions, one for an embedding, one
-        for a learning rate that the compiler does not know, and one for a step that moves more bytes than XLA has in a
-        loop that is one kernel.
+        for a learning rate that the compiler does not know, one for a history, and one for a step that moves more bytes
+        than XLA has in a loop that is one kernel.
     """
     rounds = 1 if quick else 15
     peers = [Peer(name, run, CALLS) for name, run in calls().items()]
@@ -186,6 +213,8 @@ def tables(quick: bool) -> Iterator[Table]:
         for what, is_variable in (("a constant", False), ("not", True))
     ]
     yield compare(f"limit: a descent, {steps:,} steps", peers, rounds, 1e-9)
+    peers = [Peer(name, run, steps) for name, run in with_history(steps).items()]
+    yield compare(f"limit: a descent with a history, {steps:,} steps", peers, rounds, 1e-5)
 
     cases = {f"{who}{how}": (who, flags) for who in makers for how, flags in (("", ""), (", one kernel", ONE_KERNEL))}
     names = list(cases)[:1] if quick else 5 * list(cases)
