@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import collections
-import concurrent.futures
 import contextlib
+import queue
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -76,7 +77,8 @@ class Stream:
         self._room = 1
         self._places: list[np.ndarray] = []
         """Where batches are stacked."""
-        self._worker = concurrent.futures.ThreadPoolExecutor(1, "tapekit stream")
+        self._tasks: Any = None
+        """What the thread that reads on is to do, once there is one; `None` ends it."""
 
     def portion(self) -> Portion:
         """Returns the batches that are left."""
@@ -144,18 +146,26 @@ class Stream:
         if len(self._waiting) >= most:
             yield
             return
-        left = threading.Event()
+        if self._tasks is None:
+            self._tasks = queue.SimpleQueue()
+            weakref.finalize(self, self._tasks.put, None)
+            # Python does not wait for its end at exit, if somebody has left a pipeline that gives nothing.
+            threading.Thread(target=_work, args=[self._tasks], name="tapekit reads batches", daemon=True).start()
+        left, done = threading.Event(), threading.Event()
 
         def read() -> None:
-            while len(self._waiting) < most and not left.is_set() and self._read_one_more():
-                pass
+            try:
+                while len(self._waiting) < most and not left.is_set() and self._read_one_more():
+                    pass
+            finally:
+                done.set()
 
-        reader = self._worker.submit(read)
+        self._tasks.put(read)
         try:
             yield
         finally:
             left.set()
-            reader.result()
+            done.wait()
 
     def drop(self, count: int) -> None:
         """Lets go of the next `count` batches, which were stacked."""
@@ -163,15 +173,16 @@ class Stream:
             self._waiting.popleft()
 
     def close(self) -> None:
-        """Lets go of the iterator, in the thread that has read on.
+        """Lets go of the iterator, in another thread.
 
         Whoever does so waits for the thread in which TensorFlow tunes the pipeline. That is woken before it can see
         that it is to end, and if it looks at once it sleeps on: for as long as the iterator has been read, or a minute.
         """
         held = [self.iterator, self._resource]
         self.iterator = self._resource = None
-        self._worker.submit(held.clear)
-        self._worker.shutdown(wait=False)
+        threading.Thread(target=held.clear, name="tapekit lets go of an iterator").start()
+        if self._tasks is not None:
+            self._tasks.put(None)
 
     def _read_one_more(self) -> bool:
         """Lets one more batch wait; returns whether there was one. If not, why is kept until those before are taken."""
@@ -191,6 +202,13 @@ class Stream:
             return tf.raw_ops.IteratorGetNext(iterator=self._resource, **self._signature)
         except tf.errors.OutOfRangeError:
             raise StopIteration from None
+
+
+def _work(tasks: queue.SimpleQueue[Callable[[], None] | None]) -> None:
+    """Does one task after the other, until there is none."""
+    while task := tasks.get():
+        task()
+        del task  # which holds its stream
 
 
 def _nth_of(spec: Any, room: int) -> Callable[[Any, Any], Any]:

@@ -7,6 +7,9 @@ import contextlib
 import functools
 import itertools
 import logging
+import os
+import subprocess
+import sys
 import threading
 import time
 import weakref
@@ -661,7 +664,37 @@ def test_nobody_waits_for_the_end_of_a_pipeline(driver, limit, monkeypatch):
     )
     for thread in {*threading.enumerate()} - before:
         thread.join(60)
-    assert [thread.name for thread in threads] == (2 if limit else 3) * ["tapekit stream_0"]
+    assert [thread.name for thread in threads] == (2 if limit else 3) * ["tapekit lets go of an iterator"]
+
+
+_STUCK = """
+import keras, os, signal, tensorflow as tf, time, tapekit as tk
+
+has_ended = False
+
+def wait(n):
+    while n >= 40 and not has_ended:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.5)
+    time.sleep(120 if n >= 40 else 0)
+    return n
+
+numbers = tf.data.Dataset.range(50).map(lambda n: tf.ensure_shape(tf.numpy_function(wait, [n], tf.int64), []))
+dataset = numbers.map(lambda n: (tf.ones((4, 3)), tf.ones((4, 1))))
+model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
+model.compile("sgd", "mse")
+try:
+    tk.OptimizationLoop(jit_compile=True).fit(model, dataset, shuffle=False, verbose=0)
+except KeyboardInterrupt:
+    has_ended = True
+    print("left", flush=True)
+"""
+
+
+def test_a_second_interrupt_leaves_a_process_whose_pipeline_gives_nothing():
+    environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"}
+    done = subprocess.run([sys.executable, "-c", _STUCK], env=environment, capture_output=True, text=True, timeout=90)
+    assert (done.stdout, done.returncode) == ("left\n", 0)
 
 
 def test_a_pipeline_that_raises_while_a_chunk_runs_ends_the_run_after_the_steps_before():
