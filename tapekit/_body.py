@@ -153,7 +153,7 @@ class StepBody:
             assign_if(~allowed, undone, values)
         if self.best:
             loss = tf.cast(row["loss"], tf.float64)
-            better = tf.math.is_finite(loss) & (loss < state.best)
+            better = (loss > -np.inf) & (loss < state.best)
             assign_if(better, [best for _, best in self.best], best_before)
             state = state._replace(best=tf.where(better, loss, state.best))
         step = state.step + 1
@@ -182,7 +182,7 @@ class StepBody:
         for name in {"gradient_norm", "gradient_norm_inf", "variables_change"}.intersection(logs):
             logs[name] = tf.where(finite, logs[name], np.nan)  # a step that has not been made has not converged
         criteria, fired = self._judge(state.criteria, logs)
-        self.suspects = problem.suspects
+        self.suspects = problem.suspects if self.guards else []
         counts = tf.concat([tf.zeros([0], tf.int64), *problem.counts], 0)
         return State(step, evaluations, nonfinite, state.best, criteria), row, Verdict(fired, finite, counts)
 
@@ -200,6 +200,8 @@ class StepBody:
         """Returns whether the loss and the gradients are finite, but for those that the optimizer looks after."""
         if not (self.guards or "gradients_finite" in self.needs):
             return tf.constant(True)
+        if problem.finite is not None and loss is problem.loss:
+            return problem.finite
         finite = tf.math.is_finite(loss)
         if problem.finite is not None:
             return finite & problem.finite
@@ -209,9 +211,10 @@ class StepBody:
         """Updates every criterion; bit i of the second result says that criterion i wants to stop."""
         updated, fired = [], tf.constant(0)
         for position, (criterion, state) in enumerate(zip(self.criteria, states, strict=True)):
-            new, stop = criterion.update(state, logs)
-            if self._skips and position == 0:
-                stop = False  # the NonFinite that is part of every run
+            if self.guards and position == 0:  # the NonFinite that is part of every run, which need not look again
+                new, stop = state, False if self._skips else ~logs["gradients_finite"]
+            else:
+                new, stop = criterion.update(state, logs)
             if len(tree.flatten(new)) != len(tree.flatten(state)):
                 raise ValueError(
                     f"`update` of {type(criterion).__name__} must return a state of the structure of {state!r}, which"

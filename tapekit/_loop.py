@@ -674,7 +674,7 @@ class OptimizationLoop(Hooks, Configurable):
 
     @property
     def traces(self) -> int:
-        """How often a step has been traced, over all runs that are remembered."""
+        """How often the code of a step has been traced, over all runs that are remembered."""
         return sum(driver.traces for driver in self._programs.values())
 
     def _all_criteria(self) -> list[_stopping.Criterion]:

@@ -288,8 +288,9 @@ def _sum(gradient: Any, undone: Any) -> tf.Tensor:
     shape = None if shape is None else tf.get_static_value(shape)
     if shape is None or np.prod(shape) > (values.shape.num_elements() or 0):
         return tf.reduce_sum(values)
-    by_rows = tf.convert_to_tensor(undone)
-    return tf.cond(by_rows, lambda: tf.reduce_sum(tf.convert_to_tensor(gradient)), lambda: tf.reduce_sum(values))
+    if isinstance(undone, bool):
+        return tf.reduce_sum(tf.convert_to_tensor(gradient) if undone else values)
+    return tf.cond(undone, lambda: tf.reduce_sum(tf.convert_to_tensor(gradient)), lambda: tf.reduce_sum(values))
 
 
 def _get_optimizer(optimizer: Any) -> Any:

@@ -291,20 +291,27 @@ class Problem:
             gradients: what it applies, as they are after the hooks.
             variables: what it updates, in the order of the gradients.
         """
+        self.suspects += [(variable_name(v), int(np.prod(v.shape))) for v in variables]
         if self._guard is Guard.ALWAYS:
             function()
             return
         # A sum is finite only if all entries are, and takes one op where looking at each takes several.
+        looks = not self._updater.scales  # or a gradient may overflow, an ordinary event that the optimizer skips
+        if self._guard is Guard.BY_SUM:
+            function()
+            losses = [] if self.loss is None else [self.loss]
+            self._add_finite(sum_finite([*losses, *(gradients if looks else ())], undone=True))
+            return
         by_sum = sum_finite(gradients, undone=self._guard == Guard.BY_SUM)
+        finite = tf.constant(True) if self.loss is None else tf.math.is_finite(self.loss)
         counts = tf.cond(
             by_sum | (self._guard == Guard.BY_SUM),
             lambda: tf.zeros([len(gradients)], tf.int64),
             lambda: tf.stack([count_nonfinite(gradient) for gradient in gradients]),
         )
-        finite = tf.constant(True) if self.loss is None else tf.math.is_finite(self.loss)
-        if not self._updater.scales:  # a scaled gradient that overflows is an ordinary event that the optimizer skips
+        if looks:
             finite &= tf.where(self._guard == Guard.BY_SUM, by_sum, tf.reduce_all(tf.equal(counts, 0)))
-        self.finite = finite if self.finite is None else self.finite & finite
+        self._add_finite(finite)
 
         def update() -> Any:
             function()
@@ -312,8 +319,10 @@ class Problem:
 
         allowed = (finite & (self._guard != Guard.NEVER)) | (self._guard >= Guard.BY_SUM)
         tf.cond(allowed, update, lambda: tf.constant(False))
-        self.suspects += [(variable_name(v), int(np.prod(v.shape))) for v in variables]
         self.counts.append(counts)
+
+    def _add_finite(self, finite: Any) -> None:
+        self.finite = finite if self.finite is None else self.finite & finite
 
 
 # What may raise inside the objective, and must do so before anything is updated.

@@ -415,7 +415,7 @@ class LossChangeBelow(Criterion):
         loss = logs["loss"]
         change = tf.abs(loss - state["loss"])
         small = change <= _threshold(self.atol, self.rtol, loss)
-        return {"loss": loss, "change": change}, small & tf.math.is_finite(change) & (logs["step"] > 1)
+        return {"loss": loss, "change": change}, small & (change < np.inf) & (logs["step"] > 1)
 
     def message(self, state, logs):
         threshold = self.atol + self.rtol * abs(state["loss"])
@@ -518,7 +518,7 @@ class VariablesChangeBelow(Criterion):
     def update(self, state, logs):
         change = logs["variables_change"]
         threshold = _threshold(self.atol, self.rtol, logs["variables_scale"])
-        return {"change": change, "threshold": threshold}, (change <= threshold) & tf.math.is_finite(change)
+        return {"change": change, "threshold": threshold}, (change <= threshold) & (change < np.inf)
 
     def message(self, state, logs):
         return (

@@ -113,6 +113,18 @@ def test_one_trace_a_run_whatever_its_length_and_none_for_the_same_objective_aga
     assert len(calls) == 1
 
 
+def test_a_step_under_xla_has_no_branches_and_is_looked_at_once():
+    """Each op of some kinds, `IsFinite` among them, takes XLA as long to compile as a kernel."""
+    x = tf.Variable([0.0, 1.0])
+    loop = tk.OptimizationLoop("adam", stopping=tk.stopping.LossBelow(1e-9), max_iterations=100, keep_best=False)
+    loop.minimize(lambda: tf.reduce_sum((x - 4.0) ** 2), [x])
+    (driver,) = loop._programs.values()
+    (step,) = driver.steps
+    types = [op.type for op in step.graph.get_operations()]
+    assert types.count("IsFinite") == 1
+    assert not {"If", "StatelessIf"}.intersection(types)
+
+
 _SPARSE = """
 import keras, numpy as np, tensorflow as tf, tapekit as tk
 

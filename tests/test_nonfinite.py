@@ -93,6 +93,33 @@ def test_finite_gradients_whose_sum_overflows_are_finite(driver, size):
 
 
 @tf.custom_gradient
+def _steep_and_broken(x):
+    """As `_steep`, but that an entry of the gradient is NaN once x is below -1e304."""
+    gradient = tf.where(x < 0.97, tf.constant(1e307, tf.float64), 1.0)
+    broken = tf.tensor_scatter_nd_update(tf.ones_like(x), [[1]], [np.nan])
+    return x[0], lambda upstream: upstream * tf.where(x[0] < -1e304, broken, gradient)
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_after_a_sum_that_overflows_an_entry_that_is_not_finite_is_found(driver):
+    x, calls = tf.Variable(np.ones(200), name="x"), []
+
+    def loss():
+        calls.append(1)
+        return _steep_and_broken(x)
+
+    loop = tk.OptimizationLoop(keras.optimizers.SGD(0.01), max_iterations=9, **DRIVERS[driver])
+    for _ in range(2):
+        x.assign(np.ones(200))
+        result = loop.minimize(loss, [x])
+        assert (result.reason, result.steps) == (tk.StopReason.NOT_FINITE, 6)
+        assert "x (1 of 200 entries)" in result.message
+        np.testing.assert_allclose(x, -1e305, rtol=1e-6)
+    if driver != "eager":
+        assert (len(calls), loop.traces) == (1, 1)  # though the step was made under other guards
+
+
+@tf.custom_gradient
 def _one_infinite_slice(rows):
     """The rows, one entry of whose gradient is infinite once the first is below 0.97."""
     spoiled = tf.tensor_scatter_nd_update(tf.ones_like(rows), [[3, 1]], [np.inf])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,11 +33,21 @@ class Header(NamedTuple):
 
 
 class Program:
-    """A step traced for batches of one shape, and the compiled loops around it."""
+    """A step traced for batches of one shape, and the compiled loops around it.
 
-    def __init__(self, step: Any, portion: Portion, strict: bool) -> None:
-        self.step = self.for_xla = step
-        """What was traced, and the same with ops that XLA runs faster."""
+    Args:
+        trace: traces the step under a guard, or, without one, as a function of a guard too. It returns what was traced,
+            and the same with ops that XLA runs faster.
+        guard: under which guard the step is most likely taken; `None` if it may be traced just once.
+        portion: what the batches are like.
+        strict: whether XLA must compile it.
+    """
+
+    def __init__(self, trace: Callable[..., Any], guard: Guard | None, portion: Portion, strict: bool) -> None:
+        self._trace = trace
+        self._traced = {guard: trace(guard)}
+        self.step, self.for_xla = self._traced[guard]
+        """What was traced first, and the same with ops that XLA runs faster."""
         self.stacks = portion.batch is None and all(
             strict or _has_one_shape(spec) for spec in tree.flatten(portion.spec)
         )
@@ -51,11 +61,11 @@ class Program:
         self.chunks: dict[Any, Chunk] = {}
         self.capacity = 1
         self.jit = False
-        self.written = written(step)
+        self.written = written(self.step)
         """The variables that it changes."""
-        self.draws = bool(op_types(step) & DRAWING)
+        self.draws = bool(op_types(self.step) & DRAWING)
         """Whether it draws random numbers of which nobody could draw the same again."""
-        rows = step.structured_outputs[2]
+        rows = self.step.structured_outputs[2]
         self.records = list(rows)
         """The names of what a step records."""
         self.row_bytes = max(1, sum(row.dtype.size * row.shape.num_elements() for row in rows.values()))
@@ -64,6 +74,15 @@ class Program:
         """The step made without an update, traced for each kind of chunk in which one has not been finite."""
         self.overflows = False
         """Whether finite gradients have had a sum that is not, so that each entry must be looked at."""
+
+    def step_under(self, guard: Guard, jit: bool) -> Callable[..., Any]:
+        """Returns the step under a guard, a function of the clock, integers, floats and a batch, to call in a graph."""
+        if None in self._traced:
+            step = self._traced[None][jit]
+            return lambda *given: step(*given, tf.constant(guard, tf.int32))  # there, so that XLA folds it
+        if guard not in self._traced:
+            self._traced[guard] = self._trace(guard)
+        return self._traced[guard][jit]
 
 
 class Outcome(NamedTuple):
@@ -126,9 +145,9 @@ def make_chunk(
         undoes: whether the host undoes the chunk if it has to.
         jit: whether XLA compiles it.
     """
-    step, capacity, batch_of = program.for_xla if jit else program.step, program.capacity, portion.batch
-    integers, floats, rows, _ = step.structured_outputs
-    chunk_guard = (Guard.ALWAYS if program.overflows else Guard.BY_SUM) if undoes else Guard.FINITE
+    integers, floats, rows, _ = program.step.structured_outputs
+    guard = (Guard.ALWAYS if program.overflows else Guard.BY_SUM) if undoes else Guard.FINITE
+    step, capacity, batch_of = program.step_under(guard, jit), program.capacity, portion.batch
     queue, recorded = None, program.records
     if batch_of is None:
         recorded = []
@@ -140,8 +159,7 @@ def make_chunk(
             return (header.taken < limit) & (header.fired == 0) & ~header.exhausted
 
         def take(header, integers, floats, records, batch):
-            guard = tf.constant(chunk_guard, tf.int32)  # here, so that XLA folds it
-            integers, floats, row, verdict = step(seconds, integers, floats, batch, guard)
+            integers, floats, row, verdict = step(seconds, integers, floats, batch)
             if queue:
                 queue.enqueue([*integers, floats, *row.values()])
             place = tf.cast(header.taken, tf.int32)

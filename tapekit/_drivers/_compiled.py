@@ -50,6 +50,7 @@ class CompiledDriver(Driver):
 
     def __init__(self, body: StepBody, longest: int, loss: Any, jit_compile: bool | str) -> None:
         super().__init__(body, longest)
+        self.traces = int(body.evaluation is not None)  # which has all of the user's code that a step runs
         self._loss = loss
         self._strict = jit_compile is True
         self._jit = bool(jit_compile)
@@ -61,12 +62,11 @@ class CompiledDriver(Driver):
     def prepare(self, period: int, portion: Portion = NO_DATA) -> None:
         """Traces the step if it is not yet for batches of this shape."""
         if portion.key not in self._programs:
-            clock, guard = tf.TensorSpec([], tf.float64), tf.TensorSpec([], tf.int32)
-            trace = tf.function(self._trace, autograph=False)
-            step = trace.get_concrete_function(clock, *self._packing.specs, portion.spec, guard)
-            program = self._programs[portion.key] = Program(step, portion, self._strict)
-            if self._jit and on_cpu():
-                program.for_xla = with_fast_gradients(step)
+            trace = functools.partial(self._trace, portion.spec)
+            guard = None
+            if self.body.evaluation:  # no code of the user runs in the step, so that it may be traced again
+                guard = Guard.BY_SUM if self._jit and self.body.guards else Guard.FINITE
+            program = self._programs[portion.key] = Program(trace, guard, portion, self._strict)
             self._choose(op_types(program.for_xla))
         program = self._programs[portion.key]
         self._set(program, period, portion)
@@ -103,10 +103,21 @@ class CompiledDriver(Driver):
     def jit(self, value: bool) -> None:
         self._jit, self._tries = value, False
 
-    def _trace(self, seconds: Any, integers: Any, floats: Any, batch: Any, guard: Any) -> Any:
-        self.traces += 1
-        state, row, verdict = self.body(self._packing.merge(integers, floats), seconds, batch, guard)
-        return *self._packing.split(state), row, verdict
+    def _trace(self, batch: Any, guard: Guard | None) -> tuple[Any, Any]:
+        """Traces the step under a guard, or as a function of one; see `Program`."""
+
+        def take(seconds: Any, integers: Any, floats: Any, batch: Any, *guards: Any) -> Any:
+            (under,) = guards or (guard,)
+            state, row, verdict = self.body(self._packing.merge(integers, floats), seconds, batch, under)
+            return *self._packing.split(state), row, verdict
+
+        guards = []
+        if guard is None:
+            self.traces += 1
+            guards = [tf.TensorSpec([], tf.int32)]
+        clock, trace = tf.TensorSpec([], tf.float64), tf.function(take, autograph=False)
+        step = trace.get_concrete_function(clock, *self._packing.specs, batch, *guards)
+        return step, with_fast_gradients(step) if self._jit and on_cpu() else step
 
     def _choose(self, types: set[str]) -> None:
         """Leaves XLA where it would be wrong or slow, and long chunks where an error would lose their records."""
@@ -304,10 +315,10 @@ class CompiledDriver(Driver):
         """Makes the step with the n-th batch without an update, and returns whether it was finite, and what was not."""
         if key not in program.refused:
             batch_of: Any = portion.batch
+            step = program.step_under(Guard.NEVER, jit=True)
 
             def refuse(integers, floats, seconds, feed, n):
-                integers, guard = self._packing.unpack(integers), tf.constant(Guard.NEVER, tf.int32)
-                verdict = program.for_xla(seconds, integers, floats, batch_of(feed, n), guard)[3]
+                verdict = step(seconds, self._packing.unpack(integers), floats, batch_of(feed, n))[3]
                 return verdict.finite, verdict.counts
 
             program.refused[key] = tf.function(refuse, autograph=False)
