@@ -8,6 +8,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import functools
 import json
+import math
 import sys
 import threading
 import time
@@ -22,6 +23,8 @@ from tests.benchmarks.harness import Peer, Row, Table, compare, in_new_processes
 
 RATE = 2.0**-20
 CALLS = 100
+OPS = 16
+"""The ops of a function that is compiled."""
 ONE_KERNEL = "--xla_backend_extra_options=xla_cpu_small_while_loop_byte_threshold=65536"
 """Lets XLA make one kernel of a loop whose step moves at most so many bytes; 1,024 if `XLA_FLAGS` says nothing."""
 
@@ -97,6 +100,23 @@ def calls() -> dict[str, Callable[[], float]]:
         other, jitted = jax.numpy.float32(1.0), jax.jit(lambda x: x + 1.0)
         found["jax.jit"] = lambda: float([jitted(other) for _ in range(CALLS)][-1])
     return found
+
+
+def compilations() -> dict[str, Callable[[], float]]:
+    """Compilations of a function that looks at numbers, by an op that TensorFlow translates by MLIR or by another."""
+    numbers = tf.ones([OPS], tf.float64)
+
+    def compiling(look: Callable[[Any], Any]) -> Callable[[], float]:
+        def run() -> float:
+            @tf.function(jit_compile=True, autograph=False)
+            def count(numbers: Any) -> Any:
+                return tf.add_n([tf.cast(look(number), tf.float64) for number in tf.unstack(numbers)])
+
+            return float(count(numbers))
+
+        return run
+
+    return {"tf.math.is_finite": compiling(tf.math.is_finite), "a comparison": compiling(lambda x: x < math.inf)}
 
 
 def passes(batches: int) -> dict[str, Callable[[], float]]:
@@ -189,13 +209,15 @@ def tables(quick: bool) -> Iterator[Table]:
         quick: whether to take few steps once.
 
     Yields:
-        A table for the cost of a call, one for the end of a pipeline, one for convolutions, one for an embedding, one
-        for a learning rate that the compiler does not know, one for a history, and one for a step that moves more bytes
-        than XLA has in a loop that is one kernel.
+        A table for the cost of a call, one for a compilation, one for the end of a pipeline, one for convolutions, one
+        for an embedding, one for a learning rate that the compiler does not know, one for a history, and one for a step
+        that moves more bytes than XLA has in a loop that is one kernel.
     """
     rounds = 1 if quick else 15
     peers = [Peer(name, run, CALLS) for name, run in calls().items()]
     yield compare("limit: a call, a step being one", peers, rounds, 0.0)
+    peers = [Peer(name, run, OPS) for name, run in compilations().items()]
+    yield compare(f"limit: a compilation of {OPS} ops, a step being one", peers, rounds, 0.0)
     batches = 2 if quick else 25
     peers = [Peer(name, run, batches) for name, run in passes(batches).items()]
     yield compare(f"limit: a pass over a pipeline of {batches} batches", peers, rounds, 1e-6)
