@@ -200,7 +200,7 @@ class StepBody:
         """Returns whether the loss and the gradients are finite, but for those that the optimizer looks after."""
         if not (self.guards or "gradients_finite" in self.needs):
             return tf.constant(True)
-        if problem.finite is not None and loss is problem.loss:
+        if loss is problem.seen_loss:  # as nearly always
             return problem.finite
         finite = tf.math.is_finite(loss)
         if problem.finite is not None:

@@ -80,6 +80,7 @@ class Problem:
         self.variables = variables
         self.finite: Any = None
         self.loss: Any = None
+        self.seen_loss: Any = None  # by the last update, so that `finite` speaks of it too
         self.applied: list[Any] = []
         self.suspects: list[tuple[str, int]] = []
         self.counts: list[Any] = []
@@ -323,6 +324,7 @@ class Problem:
 
     def _add_finite(self, finite: Any) -> None:
         self.finite = finite if self.finite is None else self.finite & finite
+        self.seen_loss = self.loss
 
 
 # What may raise inside the objective, and must do so before anything is updated.

@@ -119,6 +119,25 @@ def test_after_a_sum_that_overflows_an_entry_that_is_not_finite_is_found(driver)
         assert (len(calls), loop.traces) == (1, 1)  # though the step was made under other guards
 
 
+class _AppliesFirst(tk.Step):
+    """A step with a gradient of its own, which evaluates the loss after the update."""
+
+    def take(self, problem):
+        problem.apply([2.0 * tf.convert_to_tensor(variable) for variable in problem.variables])
+        return problem.evaluate()
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_a_loss_that_is_evaluated_after_the_update_is_looked_at_too(driver):
+    x = tf.Variable([1.0, 1.0])
+    loop = tk.OptimizationLoop(
+        keras.optimizers.SGD(0.25), step=_AppliesFirst(), max_iterations=9, keep_best=False, **DRIVERS[driver]
+    )
+    result = loop.minimize(lambda: tf.reduce_sum(tf.where(x < 0.2, np.nan, x**2)), [x])
+    assert (result.reason, result.steps) == (tk.StopReason.NOT_FINITE, 3)
+    np.testing.assert_array_equal(x, [0.25, 0.25])
+
+
 @tf.custom_gradient
 def _one_infinite_slice(rows):
     """The rows, one entry of whose gradient is infinite once the first is below 0.97."""
